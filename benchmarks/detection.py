@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Prompts per second of anisotropy detection (n = 1), on one model, in one process:
+
+(a) the plain loop of the public code: a prompt at a time, four guidance-doubled UNet calls each;
+(b) this tool: the whole run, text encoding, unconditional predictions and writing included;
+(c) the floor: bare UNet calls for the conditional halves alone, at the best of several batch sizes.
+
+python benchmarks/detection.py                              the shipped testbed model
+python benchmarks/detection.py --model random-sd14 --prompts 8
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
+from memorization.detection import default_batch_size, run_detection  # noqa: E402
+from memorization.detectors import make_detectors  # noqa: E402
+from memorization.errors import ArgumentParser, run_script  # noqa: E402
+from memorization.models import DTYPES, find_model, load_pipeline, pick_device  # noqa: E402
+from memorization.prompts import read_prompts  # noqa: E402
+from memorization.results import ResultStore  # noqa: E402
+
+
+def random_sd14(dtype: torch.dtype, device: torch.device) -> LocalStableDiffusionPipeline:
+    """A pipeline of Stable Diffusion 1.4's true size with random weights."""
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "testbed/models/testbed-eps/tokenizer", model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    pipe = LocalStableDiffusionPipeline(
+        None, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(beta_schedule="scaled_linear"), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.to(device, dtype)
+    pipe.unet.to(memory_format=torch.channels_last).eval()
+    pipe.text_encoder.eval()
+    return pipe
+
+
+@torch.inference_mode()
+def plain_loop(pipe: LocalStableDiffusionPipeline, prompts: list[str]) -> float:
+    """Seconds of (a)."""
+    started = time.perf_counter()
+    high, low = pipe.detection_timesteps()[0], pipe.detection_timesteps()[-3]
+    for prompt in prompts:
+        embeds = torch.cat([pipe.embed([""]), pipe.embed([prompt])])
+        doubled = pipe.pure_noise(1, 51).repeat(2, 1, 1, 1)
+        for timestep in (high, low, high, low):
+            uncond, cond = pipe.predict_noise(doubled, timestep, embeds).chunk(2)
+            (cond - uncond).norm().item()
+    return time.perf_counter() - started
+
+
+def this_tool(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: int) -> float:
+    """Seconds of (b)."""
+    started = time.perf_counter()
+    detectors = make_detectors(["anisotropy", "noise_norm"], {})
+    with tempfile.TemporaryDirectory() as folder, ResultStore(Path(folder) / "run", {}, {}) as store:
+        run_detection(
+            pipe, pd.DataFrame({"prompt": prompts}), detectors, store,
+            num_images=1, seed=51, steps=50, batch_size=batch_size,
+        )  # fmt: skip
+        assert store.done == len(prompts)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def floor(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: int) -> float:
+    """Seconds of (c) at one batch size: two conditional rows a prompt, nothing else."""
+    rows = 2 * len(prompts)
+    latents = pipe.pure_noise(1, 51).to(pipe.unet.dtype).expand(rows, -1, -1, -1)
+    embeds = pipe.embed(["a"]).expand(rows, -1, -1)
+    started = time.perf_counter()
+    for x, e in zip(latents.split(batch_size), embeds.split(batch_size), strict=True):
+        pipe.unet(x, 981, encoder_hidden_states=e)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="testbed-eps", help="a model name, folder or hub id, or random-sd14 (default: %(default)s)")
+    add("--prompts", type=int, default=128, metavar="N", help="how many (default: %(default)s)")
+    add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s, as the public code")
+    add("--device", default="auto")
+    add("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="tried for (c)")
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    device = pick_device(args.device)
+    if args.model == "random-sd14":
+        pipe = random_sd14(DTYPES[args.dtype], device)
+    else:
+        pipe = load_pipeline(find_model(args.model), args.dtype, device)
+    listed = read_prompts(ROOT / "prompts" / "testbed.csv")["prompt"].tolist()
+    prompts = (listed * (args.prompts // len(listed) + 1))[: args.prompts]
+    plain_loop(pipe, prompts[:1])  # warm up
+    sizes = [size for size in args.batch_sizes if size <= 2 * args.prompts]
+    floors = {size: floor(pipe, prompts, size) for size in sizes}
+    best = min(floors, key=floors.get)
+    batch_size = default_batch_size(pipe)
+    tool, plain = this_tool(pipe, prompts, batch_size), plain_loop(pipe, prompts)
+    lowest = min(floors[best], floor(pipe, prompts, best))  # once more, after the others, against drift
+    print(f"{args.model}, {args.dtype}, {device}, {torch.get_num_threads()} threads, {len(prompts)} prompts, n = 1\n")
+    print("| | prompts/s | s/prompt | batch |\n|---|---|---|---|")
+    for name, seconds, size in (
+        ("(a) plain loop", plain, 2),
+        ("(b) this tool", tool, batch_size),
+        ("(c) floor", lowest, best),
+    ):
+        print(f"| {name} | {len(prompts) / seconds:.2f} | {seconds / len(prompts):.4f} | {size} |")
+    print(f"\n(b) / (a) = {plain / tool:.2f}    (b) / (c) = {lowest / tool:.2f}")
+    print("(c) by batch size, s/prompt: " + ", ".join(f"{k}: {v / len(prompts):.4f}" for k, v in floors.items()))
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    run_script(main)

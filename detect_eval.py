@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""Evaluate scored runs: metrics table with 95% intervals, metrics.json and pictures in each run's folder.
+
+  python detect_eval.py                                 every run under results/
+  python detect_eval.py results/testbed-eps --format csv
+  python detect_eval.py results/testbed-eps --calibrate configs/mine.yaml --fpr 0.01
+
+Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
+TPR@1% is the largest TPR with FPR <= 1%; the FPR realised there and the number of negatives stand beside it. Intervals
+resample whole families of near-copies.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from memorization import text_baselines
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.evaluation import (
+    Metrics,
+    family_weights,
+    fit_weights,
+    image_mean,
+    measure,
+    paired_difference,
+    threshold_at,
+)
+from memorization.results import read_json, read_lines, write_atomically
+
+ROOT = Path(__file__).resolve().parent
+REFERENCE = "noise_norm"  # detectors are compared with it in pairs
+
+
+class Run:
+    """A run's folder: its rows, all of them and the scored ones, and the names of its scores.
+
+    Raises:
+        InputError: the folder holds no run, or one without labels or with one class only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "run.json").is_file():
+            raise InputError(f"{folder}: holds no run (no run.json); detect_mem.py makes one")
+        self.settings = read_json(folder / "run.json")["settings"]
+        rows, _ = read_lines(folder / "scores.jsonl")
+        self.rows = pd.DataFrame(rows)
+        if self.rows.empty or "label" not in self.rows:
+            raise InputError(f"{folder}: its prompts have no labels, so there is nothing to evaluate")
+        self.scored = self.without_split("validation")
+        if set(self.scored["label"]) != {0, 1}:
+            raise InputError(f"{folder}: the scored rows have one class only; both are needed")
+        self.names = list(dict.fromkeys(term for d in self.settings["detectors"].values() for term in d["terms"]))
+
+    def without_split(self, name: str) -> pd.DataFrame:
+        """Rows that are not of split ``name``; all rows where the list has no splits."""
+        return self.rows[self.rows["split"] != name] if "split" in self.rows else self.rows
+
+    def scores(self, rows: pd.DataFrame, name: str, images: int) -> np.ndarray:
+        """Scores of ``rows`` by the mean over the first ``images`` noises."""
+        return np.array([image_mean(values, images) for values in rows[name]])
+
+
+def evaluate(run: Run, resamples: int) -> dict:
+    """Every number of a run's table, as it goes into ``metrics.json``."""
+    labels, families = run.scored["label"].to_numpy(), run.scored["family"].astype(str).to_numpy()
+    weights = family_weights(families, labels, resamples)
+    images = sorted({1, run.settings["num_images"]})
+    measured: dict[tuple[str, int | None], Metrics] = {
+        (name, n): measure(labels, run.scores(run.scored, name, n), weights) for n in images for name in run.names
+    }
+    for name, scores in _text_scores(run).items():
+        measured[name, None] = measure(labels, scores, weights)
+    return {
+        "run": run.folder.name,
+        "model": run.settings["model"],
+        "counts": {
+            "memorized": int(labels.sum()), "not_memorized": int((1 - labels).sum()),
+            "families": len(set(families)), "families_memorized": len(set(families[labels == 1])),
+            "left_out_validation": len(run.rows) - len(run.scored), "resamples": resamples,
+        },
+        "detectors": [
+            {"detector": name, "images": n, **{key: dict(zip(("value", "low", "high"), value, strict=True))
+             for key, value in metrics.values.items()}, "realised_fpr": metrics.realised_fpr}
+            for (name, n), metrics in measured.items()
+        ],
+        "paired": [
+            {"detector": name, "against": REFERENCE, "images": n, "metric": key,
+             **paired_difference(metrics, measured[REFERENCE, n], key)}
+            for (name, n), metrics in measured.items()
+            if (REFERENCE, n) in measured and name != REFERENCE
+            for key in ("auc", "tpr@1%")
+        ],
+    }  # fmt: skip
+
+
+def _text_scores(run: Run) -> dict[str, np.ndarray]:
+    """Text-only baselines on the scored rows; naive Bayes learns out of fold from all rows."""
+    prompts, labels = run.rows["prompt"].tolist(), run.rows["label"].to_numpy()
+    families = run.rows["family"].astype(str).to_numpy()
+    scored = run.rows.index.isin(run.scored.index)
+    return {
+        "text: capitals": text_baselines.capitals(prompts)[scored],
+        "text: naive Bayes": text_baselines.naive_bayes(prompts, labels, families)[scored],
+    }
+
+
+# ---------------------------------------------------------------- output
+def table(metrics: dict) -> pd.DataFrame:
+    """The table of one run, numbers as text."""
+
+    def interval(cell: dict) -> str:
+        return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+    rows = []
+    for row in metrics["detectors"]:
+        rows.append({
+            "detector": row["detector"], "n": row["images"] or "-", "AUC": interval(row["auc"]),
+            **{f"TPR@{t}%FPR": f"{interval(row[key])} at {row['realised_fpr'][key]:.2%}"
+               for t, key in ((1, "tpr@1%"), (3, "tpr@3%"))},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame as a markdown table whose columns also line up in a terminal."""
+    cells = [list(map(str, frame.columns)), *(list(map(str, row)) for row in frame.itertuples(index=False))]
+    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
+    return "\n".join(lines)
+
+
+def print_tables(all_metrics: list[dict], style: str) -> None:
+    """Every run's table on standard output, as md, csv or json."""
+    if style == "json":
+        print(json.dumps(all_metrics, indent=1))
+    elif style == "csv":
+        frames = [table(metrics).assign(run=metrics["run"]) for metrics in all_metrics]
+        pd.concat(frames).to_csv(sys.stdout, index=False)
+    else:
+        for metrics in all_metrics:
+            counts = metrics["counts"]
+            print(f"\n### {metrics['run']}: {counts['memorized']} memorized, {counts['not_memorized']} not memorized, "
+                  f"{counts['families']} families\n")  # fmt: skip
+            print(markdown(table(metrics)))
+            if metrics["paired"]:
+                print(f"\nAgainst {REFERENCE}, on the same resamples:\n")
+                print(markdown(paired_table(metrics)))
+
+
+def paired_table(metrics: dict) -> pd.DataFrame:
+    """Differences to the reference detector, a row a detector."""
+    return pd.DataFrame([
+        {"detector": row["detector"], "n": row["images"], "metric": row["metric"].upper(),
+         "difference": f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "p": f"{row['p']:.3f}"}
+        for row in metrics["paired"]
+    ])  # fmt: skip
+
+
+def draw(run: Run) -> None:
+    """The run's pictures, beside its scores."""
+    from memorization import plots
+
+    labels, images = run.scored["label"].to_numpy(), run.settings["num_images"]
+    scores = {name: run.scores(run.scored, name, images) for name in run.names}
+    title = f"{run.folder.name}, n = {images}"
+    plots.draw_roc(labels, scores, run.folder / "roc.png", title)
+    plots.draw_distributions(labels, scores, run.folder / "distributions.png", title)
+    if "cosine" in scores:
+        plots.draw_terms(labels, scores["norm"], scores["cosine"], run.folder / "norm_cosine.png", title)
+    if {"kind", "duplicates", "replication"} <= set(run.rows):
+        first = run.names[0]
+        plots.draw_duplicates(run.scored, scores[first], first, run.folder / "duplicates.png", title)
+
+
+# ---------------------------------------------------------------- calibration
+def calibrate(run: Run, target: float) -> dict:
+    """Weights and thresholds from the validation rows (from all rows where the list has no splits)."""
+    rows = run.without_split("test")
+    labels, images = rows["label"].to_numpy(), run.settings["num_images"]
+    if set(labels) != {0, 1}:
+        raise InputError(f"{run.folder}: the calibration rows have one class only; both are needed")
+    detectors = {}
+    for name, settings in run.settings["detectors"].items():
+        scores, entry = run.scores(rows, name, images), {}
+        if name == "anisotropy":
+            terms = np.stack([run.scores(rows, term, images) for term in ("norm", "cosine")], axis=1)
+            fitted = fit_weights(labels, terms)
+            scores = terms @ fitted
+            kept = {key: value for key, value in settings.items() if key != "terms"}
+            entry["settings"] = {**kept, "norm_weight": float(fitted[0]), "cosine_weight": round(float(fitted[1]), 4)}
+        threshold, realised = threshold_at(labels, scores, target)
+        detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised}
+    return {
+        "model": run.settings["model"], "run": run.folder.name, "num_images": images, "target_fpr": target,
+        "negatives": int((labels == 0).sum()), "positives": int(labels.sum()), "detectors": detectors,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
+    add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
+    add("--resamples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: %(default)s)")
+    add("--no-plots", action="store_true", help="draw no pictures")
+    add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
+    add("--fpr", type=float, default=0.01, help="false positive rate of the thresholds (default: %(default)s)")
+    args = parser.parse_args()
+    if not 0 < args.fpr < 1 or args.resamples < 100:
+        parser.error("--fpr lies between 0 and 1, --resamples is at least 100")
+    folders = args.runs or sorted(path.parent for path in (ROOT / "results").glob("*/run.json"))
+    if not folders:
+        raise InputError("no run under results/; start with: bash run_detection.sh")
+    if args.calibrate:
+        if len(folders) != 1:
+            parser.error("--calibrate takes one run")
+        calibration = calibrate(Run(folders[0]), args.fpr)
+        write_atomically(args.calibrate, yaml.safe_dump(calibration, sort_keys=False))
+        print(f"{args.calibrate}: from {calibration['negatives']} negatives and {calibration['positives']} positives")
+        return
+    all_metrics = []
+    for folder in folders:
+        run = Run(folder)
+        metrics = evaluate(run, args.resamples)
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        if not args.no_plots:
+            draw(run)
+        all_metrics.append(metrics)
+    print_tables(all_metrics, args.format)
+
+
+if __name__ == "__main__":
+    run_script(main)

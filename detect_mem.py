@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""Score prompts for memorization: prompt list -> results/<run>/scores.jsonl, a line a prompt.
+
+  python detect_mem.py --model testbed-eps                          the shipped model and its prompt list
+  python detect_mem.py --model sd14                                 Stable Diffusion 1.4 and the paper's lists
+  python detect_mem.py --model ./my-model --prompts my_prompts.txt  your own checkpoint and prompts
+
+A killed run goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from memorization.errors import ArgumentParser, InputError, run_script
+
+ROOT = Path(__file__).resolve().parent
+COSINE_MODES = ("x,c|x", "x,x|c", "x|c,c|x")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name from configs/, a folder, or a hub id")
+    add("--prompts", metavar="FILE", help=".txt, .csv or .jsonl (column prompt or caption; optional label, family)")
+    add("--memorized", metavar="FILE", help="a list whose prompts all count as memorized; needs --non-memorized")
+    add("--non-memorized", metavar="FILE", help="a list whose prompts all count as not memorized")
+    add("--detectors", default="anisotropy,noise_norm", metavar="A,B", help="default: %(default)s")
+    add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
+    add("--seed", type=int, default=51, help="of the noise (default: %(default)s, the public code's)")
+    add("--steps", type=int, default=50, help="of the DDIM grid that places the timesteps (default: %(default)s)")
+    add(
+        "--variant",
+        choices=["official", "eps"],
+        default="official",
+        help="official: the public code's numbers; eps: one meaning for every prediction type (default: %(default)s)",
+    )
+    add(
+        "--cosine-mode",
+        choices=COSINE_MODES,
+        default=COSINE_MODES[0],
+        help="x,c|x: cos(eps_u, d); x,x|c: cos(eps_u, eps_c); x|c,c|x: cos(eps_c, d) (default: %(default)s)",
+    )
+    add(
+        "--cosine",
+        choices=["pixel", "vector"],
+        default="pixel",
+        help="over the channels of each latent pixel, then averaged, or over the whole latent (default: %(default)s)",
+    )
+    add(
+        "--normalization",
+        choices=["None", "L1", "L2"],
+        default="None",
+        help="divide each noise prediction by its norm first (default: %(default)s)",
+    )
+    add("--calibration", metavar="FILE", help="weights and thresholds written by detect_eval.py --calibrate")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by device")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--batch-size", default="auto", metavar="N|auto", help="rows (prompt x noise) to a UNet call (default: auto)")
+    add("--out", type=Path, metavar="DIR", help="default: results/<model>")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    args = parser.parse_args()
+    if args.num_images < 1 or args.steps < 3:
+        parser.error("--num-images must be at least 1 and --steps at least 3")
+    if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
+        parser.error(f"--batch-size {args.batch_size}: a whole number above 0, or auto")
+    if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
+        parser.error("give either --prompts, or --memorized and --non-memorized")
+    return args
+
+
+def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
+    """The prompts and what tells them apart from other lists: ``(frame, {file name: sha256})``."""
+    from memorization.prompts import near_copy_families, read_pair, read_prompts
+
+    chosen = {"prompts": args.prompts, "memorized": args.memorized, "non_memorized": args.non_memorized}
+    chosen = {key: path for key, path in chosen.items() if path}
+    if not chosen:
+        chosen = {key: ROOT / path for key, path in spec.prompts.items()}
+        if not chosen:
+            raise InputError(f"model {spec.name!r} has no prompt list of its own: give --prompts FILE")
+        if missing := [path for path in chosen.values() if not path.exists()]:
+            raise InputError(f"{missing[0]}: not there yet; download the lists: python -m memorization.prompts fetch")
+    frame = read_prompts(chosen["prompts"]) if "prompts" in chosen else read_pair(*chosen.values())
+    if "label" in frame and "family" not in frame:
+        frame["family"] = near_copy_families(frame["prompt"].tolist())
+    hashes = {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in chosen.values()}
+    return frame, hashes
+
+
+def report(frame, pipe) -> None:
+    """What a user should know of the list, on standard error."""
+    from memorization.detection import count_long_prompts
+
+    prompts = frame["prompt"].tolist()
+    notes = {
+        "blank lines skipped": frame.attrs.get("blank_lines", 0),
+        "duplicated prompts": len(prompts) - len(set(prompts)),
+        f"prompts over {pipe.tokenizer.model_max_length} tokens (cut off)": count_long_prompts(pipe, prompts),
+    }
+    said = [f"{count} {what}" for what, count in notes.items() if count]
+    print(f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else ""), file=sys.stderr)
+
+
+def read_calibration(path: str | None) -> dict:
+    """Detector -> what ``detect_eval.py --calibrate`` wrote of it."""
+    if path is None:
+        return {}
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))["detectors"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them") from None
+
+
+def print_summary(store, detectors: list[str], calibration: dict) -> None:
+    """Where the scores are, and the prompts that score highest."""
+    from memorization.evaluation import image_mean
+    from memorization.results import read_lines
+
+    rows, _ = read_lines(store.scores)
+    first = detectors[0]
+    score = {row["id"]: image_mean(row[first]) for row in rows}
+    threshold = calibration.get(first, {}).get("threshold")
+    top = sorted(rows, key=lambda row: -score[row["id"]])
+    if threshold is not None:
+        flagged = sum(value >= threshold for value in score.values())
+        print(f"{flagged} of {len(rows)} prompts are flagged ({first} >= {threshold:.4g}). The highest:")
+    else:
+        print(f"Highest {first} of {len(rows)} prompts:")
+    for row in top[:10]:
+        mark = "*" if threshold is not None and score[row["id"]] >= threshold else " "
+        print(f" {mark} {score[row['id']]:9.4g}  {row['prompt'][:100]}")
+    print(f"scores: {store.scores}")
+    if "label" in rows[0]:
+        print(f"next:   python detect_eval.py {os.path.relpath(store.folder)}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Imports that take seconds come after the arguments are known to be good.
+    import diffusers
+    import transformers
+
+    from memorization.detection import default_batch_size, run_detection
+    from memorization.detectors import make_detectors
+    from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
+    from memorization.results import ResultStore
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    spec = find_model(args.model)
+    calibration = read_calibration(args.calibration)
+    asked = {key: getattr(args, key) for key in ("variant", "cosine_mode", "cosine", "normalization")}
+    anisotropy = {**spec.anisotropy, **asked, **calibration.get("anisotropy", {}).get("settings", {})}
+    detectors = make_detectors(args.detectors.split(","), {"anisotropy": anisotropy})
+    frame, hashes = read_prompt_lists(args, spec)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype or spec.dtype, device)
+    pipe = load_pipeline(spec, dtype, device)
+    report(frame, pipe)
+
+    batch_size = default_batch_size(pipe) if args.batch_size == "auto" else int(args.batch_size)
+    settings = {
+        "model": args.model, "revision": revision_of(pipe), "prompts": hashes,
+        "detectors": {d.name: {**vars(d), "terms": list(d.terms)} for d in detectors},
+        "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
+        "batch_size": batch_size,
+    }  # fmt: skip
+    thresholds = {name: values["threshold"] for name, values in calibration.items()}
+    info = {"device": str(device), "checkpoint": pipe.config["_name_or_path"], "thresholds": thresholds}
+    out = args.out or ROOT / "results" / spec.name
+    with ResultStore(out, settings, info, args.overwrite) as store:
+        run_detection(
+            pipe, frame, detectors, store,
+            num_images=args.num_images, seed=args.seed, steps=args.steps, batch_size=batch_size,
+        )  # fmt: skip
+    print_summary(store, [d.name for d in detectors], calibration)
+
+
+if __name__ == "__main__":
+    run_script(main)

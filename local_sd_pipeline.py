@@ -1,0 +1,147 @@
+"""Stable Diffusion with its noise predictions laid open.
+
+``LocalStableDiffusionPipeline`` is diffusers' ``StableDiffusionPipeline`` with four more methods: embed prompts, draw
+seeded pure noise, predict noise, and trace a batch of prompts. This file needs torch and diffusers alone, so it also
+works as ``DiffusionPipeline.from_pretrained(model, custom_pipeline="local_sd_pipeline.py")``.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+
+class NoisePrediction(NamedTuple):
+    """Conditional and unconditional noise predictions at one timestep, in float32.
+
+    Attributes:
+        timestep: the timestep t.
+        latents: what went in, ``(images, c, h, w)``.
+        uncond: eps of the empty prompt, ``(images, c, h, w)``.
+        cond: eps of each prompt, ``(prompts, images, c, h, w)``.
+        alpha: sqrt(abar_t).
+        sigma: sqrt(1 - abar_t).
+        prediction_type: what the checkpoint itself predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+
+    timestep: int
+    latents: Tensor
+    uncond: Tensor
+    cond: Tensor
+    alpha: float
+    sigma: float
+    prediction_type: str
+
+    @property
+    def guidance(self) -> Tensor:
+        """The guidance vector d = eps_c - eps_u, ``(prompts, images, c, h, w)``."""
+        return self.cond - self.uncond
+
+
+class LocalStableDiffusionPipeline(StableDiffusionPipeline):
+    """``StableDiffusionPipeline`` with access to its noise predictions, whatever its prediction type."""
+
+    def detection_timesteps(self, steps: int = 50) -> list[int]:
+        """The DDIM grid the detectors are defined on: "leading" spacing, offset 1 (50 steps: 981, 961, ..., 1)."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="leading", steps_offset=1)
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps.tolist()
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Text-encoder states of ``prompts``, ``(prompts, tokens, width)``, in the text encoder's dtype.
+
+        All blank prompts get one and the same embedding, to the bit, whatever else is in the batch: the guidance vector
+        of an empty prompt is exactly zero.
+        """
+        device = self._execution_device
+        written = [prompt for prompt in prompts if prompt.strip()]
+        empty = self.encode_prompt([""], device, 1, False)[0]
+        embedded = empty.repeat(len(prompts), 1, 1)
+        if written:
+            places = [i for i, prompt in enumerate(prompts) if prompt.strip()]
+            embedded[places] = self.encode_prompt(written, device, 1, False)[0]
+        return embedded
+
+    def pure_noise(self, num_images: int, seed: int) -> Tensor:
+        """Start latents x_T ~ N(0, I), float32 ``(num_images, c, h, w)``, drawn on the CPU.
+
+        Image i is the same for every ``num_images`` > i, every batch size and every device.
+        """
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(num_images, self.unet.config.in_channels, height, width, generator=generator)
+        return noise.to(self._execution_device)
+
+    def noise_scales(self, timestep: int) -> tuple[float, float]:
+        """(alpha, sigma) = (sqrt(abar_t), sqrt(1 - abar_t))."""
+        alpha_bar = self.scheduler.alphas_cumprod[timestep].item()
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+    def to_eps(self, output: Tensor, latents: Tensor, timestep: int) -> Tensor:
+        """The noise prediction behind a model output of any prediction type.
+
+        Raises:
+            ValueError: for a prediction type other than epsilon, v_prediction and sample.
+        """
+        alpha, sigma = self.noise_scales(timestep)
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return output
+        if kind == "v_prediction":
+            return alpha * output + sigma * latents
+        if kind == "sample":
+            return (latents - alpha * output) / sigma
+        raise ValueError(f"prediction type {kind!r} is not one of epsilon, v_prediction, sample")
+
+    def predict_noise(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
+        """eps of a batch: ``latents (b, c, h, w)`` under ``prompt_embeds (b, tokens, width)``; float32."""
+        dtype = self.unet.dtype
+        output = self.unet(latents.to(dtype), timestep, encoder_hidden_states=prompt_embeds.to(dtype)).sample
+        return self.to_eps(output.float(), latents.float(), timestep)
+
+    def predict_pairs(self, latents: Tensor, timestep: int, prompt_embeds: Tensor, batch_size: int) -> Tensor:
+        """eps of every prompt on every latent, ``(prompts, images, c, h, w)``, ``batch_size`` rows to a UNet call."""
+        images = len(latents)
+        pairs = torch.arange(len(prompt_embeds) * images, device=latents.device)
+        rows = [
+            self.predict_noise(latents[chunk % images], timestep, prompt_embeds[chunk // images])
+            for chunk in pairs.split(batch_size)
+        ]
+        return torch.cat(rows).unflatten(0, (-1, images))
+
+    def predict_uncond(self, latents: Tensor, timesteps: Sequence[int], batch_size: int = 8) -> dict[int, Tensor]:
+        """eps of the empty prompt at each timestep. It depends on no prompt: compute it once a run."""
+        empty = self.embed([""])
+        return {t: self.predict_pairs(latents, t, empty, batch_size)[0] for t in timesteps}
+
+    def trace(
+        self,
+        prompt_embeds: Tensor,
+        latents: Tensor,
+        timesteps: Sequence[int],
+        uncond: dict[int, Tensor] | None = None,
+        batch_size: int = 8,
+    ) -> dict[int, NoisePrediction]:
+        """Noise predictions of all prompts on the same latents at each timestep: what every one-step detector reads.
+
+        Args:
+            prompt_embeds: ``(prompts, tokens, width)`` from :meth:`embed`.
+            latents: ``(images, c, h, w)``; the same latents go in at every timestep.
+            timesteps: timesteps t of the training schedule.
+            uncond: from :meth:`predict_uncond` on the same latents; computed here if missing.
+            batch_size: rows (prompt-image pairs) to a UNet call.
+        """
+        if uncond is None:
+            uncond = self.predict_uncond(latents, timesteps, batch_size)
+        blank = (prompt_embeds == self.embed([""])).flatten(1).all(1)[:, None, None, None, None]
+        result = {}
+        for t in timesteps:
+            cond = self.predict_pairs(latents, t, prompt_embeds, batch_size)
+            # The same rows in a batch of another size may differ in the last bits; for a blank prompt d must be 0.
+            cond = torch.where(blank, uncond[t], cond)
+            kind = self.scheduler.config.prediction_type
+            result[t] = NoisePrediction(t, latents.float(), uncond[t], cond, *self.noise_scales(t), kind)
+        return result

@@ -1,0 +1,123 @@
+"""Score a list of prompts with one-step detectors: one trace for all of them, batched over prompts x images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from accelerate.utils import find_executable_batch_size
+from tqdm import tqdm
+
+from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.detectors import Detector
+from memorization.errors import InputError
+from memorization.results import ResultStore
+
+
+def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
+    """Rows to a UNet call. CUDA starts high and is halved on out of memory; a CPU is best kept within its caches."""
+    if pipe.device.type == "cuda":
+        return 64
+    size = pipe.unet.config.sample_size
+    pixels = size * size if isinstance(size, int) else size[0] * size[1]
+    return min(32, max(4, 8192 // pixels))
+
+
+def count_long_prompts(pipe: LocalStableDiffusionPipeline, prompts: Sequence[str]) -> int:
+    """How many prompts have more tokens than the text encoder reads; the rest of them is cut off."""
+    lengths = [len(ids) for ids in pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+    return sum(length > pipe.tokenizer.model_max_length for length in lengths)
+
+
+class Scorer:
+    """Everything that does not depend on the prompts: noise, timesteps and the unconditional predictions.
+
+    Args:
+        num_images: noises per prompt, the same for every prompt.
+        batch_size: rows (prompt-image pairs) to a UNet call.
+    """
+
+    def __init__(
+        self,
+        pipe: LocalStableDiffusionPipeline,
+        detectors: Sequence[Detector],
+        *,
+        num_images: int,
+        seed: int,
+        steps: int,
+        batch_size: int,
+    ) -> None:
+        self.pipe, self.detectors, self.batch_size = pipe, detectors, batch_size
+        grid = pipe.detection_timesteps(steps)
+        self.timesteps = {place: grid[place] for detector in detectors for place in detector.steps}
+        self.latents = pipe.pure_noise(num_images, seed)
+        with torch.inference_mode():
+            self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts to a batch: as many as fill a UNet call."""
+        return max(1, self.batch_size // len(self.latents))
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list[float]]]:
+        """Per-image values of every detector and its terms, a dict a prompt.
+
+        Raises:
+            InputError: the model gave a value that is not finite; names the prompt.
+        """
+        embeds = self.pipe.embed(prompts)
+        trace = self.pipe.trace(embeds, self.latents, list(self.uncond), self.uncond, self.batch_size)
+        values = {}
+        for detector in self.detectors:
+            values |= detector([trace[self.timesteps[place]] for place in detector.steps])
+        columns = {name: value.float().cpu().tolist() for name, value in values.items()}
+        for name, value in values.items():
+            if not value.isfinite().all():
+                broken = prompts[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
+                raise InputError(f"{name} is NaN or infinite for the prompt {broken!r}; try --dtype float32")
+        return [{name: [_rounded(v) for v in rows[i]] for name, rows in columns.items()} for i in range(len(prompts))]
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what the last bits of a float32 sum, which vary with the batch size, leave alone."""
+    return float(f"{value:.6g}")
+
+
+def run_detection(
+    pipe: LocalStableDiffusionPipeline,
+    prompts: pd.DataFrame,
+    detectors: Sequence[Detector],
+    store: ResultStore,
+    *,
+    num_images: int,
+    seed: int,
+    steps: int,
+    batch_size: int,
+) -> None:
+    """Score ``prompts`` into ``store``, from where it stopped. The batch size is halved on out of memory.
+
+    Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
+    """
+    keep = [column for column in ("label", "family", "kind", "duplicates", "replication", "split") if column in prompts]
+
+    @find_executable_batch_size(starting_batch_size=batch_size)
+    def score_all(rows_at_once: int) -> None:
+        scorer = Scorer(
+            pipe, detectors, num_images=num_images, seed=seed, steps=steps, batch_size=rows_at_once
+        )  # fmt: skip
+        size = scorer.prompts_at_once
+        with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
+            for start in range(store.done // size * size, len(prompts), size):
+                batch = prompts.iloc[start : start + size]
+                scores = scorer(batch["prompt"].tolist())
+                rows = [
+                    {"id": start + i, "prompt": row["prompt"], **{column: row[column] for column in keep}, **values}
+                    for i, (row, values) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
+                ]
+                missing = rows[store.done - start :]
+                store.append(missing)
+                bar.update(len(missing))
+
+    score_all()

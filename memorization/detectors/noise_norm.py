@@ -1,0 +1,31 @@
+"""Norm of the guidance vector at the first step.
+
+Wen, Liu, Chen, Lyu, "Detecting, Explaining, and Mitigating Memorization in Diffusion Models", ICLR 2024 (first step).
+
+    || eps_c(x_T, t) - eps_u(x_T, t) ||_2,  t = 981 of the 50-step DDIM grid
+
+Deviation: none for epsilon models. For v-prediction and sample checkpoints the outputs are turned into eps first, so
+that the norm means the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from local_sd_pipeline import NoisePrediction
+
+
+@dataclass(frozen=True)
+class NoiseNorm:
+    """``noise_norm``: values ``(prompts, images)``, at least 0, higher means memorized."""
+
+    name: ClassVar[str] = "noise_norm"
+    steps: ClassVar[tuple[int, ...]] = (0,)
+    terms: ClassVar[tuple[str, ...]] = ("noise_norm",)
+
+    def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
+        (first,) = trace
+        return {"noise_norm": first.guidance.flatten(2).norm(dim=2)}

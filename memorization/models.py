@@ -1,0 +1,130 @@
+"""Model names -> checkpoints. A model is a name (a YAML file in ``configs/``), a folder, or a hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What ``configs/NAME.yaml`` says of a model.
+
+    Attributes:
+        ids: hub ids or folders (relative to the project), tried in order; ids move, so there are mirrors.
+        dtype: the default dtype; None to choose by device.
+        prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
+        anisotropy: settings of the anisotropy detector (weights, branch).
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    dtype: str | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    anisotropy: dict = field(default_factory=dict)
+    description: str = ""
+
+
+def model_names() -> list[str]:
+    """Names that ``configs/`` defines."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def find_model(name: str) -> ModelSpec:
+    """The specification of a model name; a folder or hub id gets one with defaults."""
+    path = CONFIGS / f"{name}.yaml"
+    if name in model_names():
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return ModelSpec(name=name, **{**values, "ids": tuple(values["ids"])})
+    return ModelSpec(name=Path(name).name, ids=(name,))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> str:
+    """The dtype asked for, or: bfloat16 on CUDA that has it (float16 on older), float32 elsewhere."""
+    if name:
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "float32"
+
+
+def load_pipeline(
+    spec: ModelSpec, dtype: str, device: torch.device, *, images: bool = False
+) -> LocalStableDiffusionPipeline:
+    """Load a checkpoint, from safetensors only.
+
+    Args:
+        images: load the autoencoder too; detection does without it.
+
+    Raises:
+        InputError: nothing by that name, the hub cannot be reached, or the checkpoint lacks what is needed.
+    """
+    unused = dict.fromkeys(["safety_checker", "feature_extractor", "image_encoder", *([] if images else ["vae"])])
+    unused["requires_safety_checker"] = False
+    reasons = []
+    for identifier in spec.ids:
+        folder = ROOT / identifier if (ROOT / identifier).is_dir() else Path(identifier)
+        local = folder.is_dir()
+        if local and not (folder / "model_index.json").is_file():
+            raise InputError(f"{identifier}: no model_index.json in this folder; it is no diffusers checkpoint")
+        try:
+            if not local:
+                folder = Path(LocalStableDiffusionPipeline.download(identifier, use_safetensors=True, **unused))
+            pipe = LocalStableDiffusionPipeline.from_pretrained(
+                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, **unused
+            )
+        except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
+            reasons.append((identifier, local, error))
+            continue
+        return _place(pipe, device)
+    raise InputError(_why_not_loaded(spec, reasons))
+
+
+def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalStableDiffusionPipeline:
+    needed = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
+    if missing := [name for name, part in needed.items() if part is None]:
+        raise InputError(f"the checkpoint has no {', no '.join(missing)}")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    pipe.unet.to(memory_format=torch.channels_last).eval()
+    pipe.text_encoder.eval()
+    return pipe
+
+
+def _why_not_loaded(spec: ModelSpec, reasons: list[tuple[str, bool, Exception]]) -> str:
+    parts = []
+    for identifier, local, error in reasons:
+        text = " ".join(str(error).split())[:200]
+        if local:
+            parts.append(f"{identifier}: cannot be loaded as a Stable Diffusion checkpoint in safetensors ({text})")
+        else:
+            parts.append(f"{identifier}: no folder, and the hub does not give it ({type(error).__name__}: {text})")
+    return f"model {spec.name!r}: {'; '.join(parts)}. Names: {', '.join(model_names())}; or give a folder or hub id"
+
+
+def revision_of(pipe: LocalStableDiffusionPipeline) -> str | None:
+    """The commit of a hub checkpoint, from the name of its snapshot folder; None for other folders."""
+    folder = Path(pipe.config["_name_or_path"])
+    return folder.name if folder.parent.name == "snapshots" else None

@@ -1,0 +1,133 @@
+"""The crash-safe result store of a run: ``scores.jsonl``, a line a prompt, and ``run.json``, what made it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from memorization.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file, or an :class:`InputError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """Complete lines of a ``scores.jsonl`` and their size in bytes; a torn last line is not counted.
+
+    Raises:
+        InputError: a line before the last is damaged.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            row = json.loads(line)
+            if row["id"] != number:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number + 1}: damaged; start anew with --overwrite") from None
+    return rows, len(whole)
+
+
+class ResultStore:
+    """One run's folder, held by one process at a time. Use it as a context manager.
+
+    Args:
+        folder: made if missing.
+        settings: everything the scores depend on. A folder whose stored settings differ is refused.
+        info: recorded, not compared (command, device, ...).
+        overwrite: forget what the folder holds.
+
+    Attributes:
+        done: how many prompts have their line.
+
+    Raises:
+        InputError: the folder cannot be written, is in use, or holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict, info: dict, overwrite: bool = False) -> None:
+        self.folder, self.scores = folder, folder / "scores.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.scores, "ab")  # noqa: SIM115 - held, and locked, until __exit__
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another run is writing to it; wait for it or choose another --out") from None
+        path = folder / "run.json"
+        earlier = {}
+        if overwrite:
+            self._file.truncate(0)
+        elif path.exists():
+            earlier = read_json(path)
+            self._refuse_changes(earlier.get("settings", {}), settings)
+        elif self.scores.stat().st_size:
+            raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
+        rows, size = read_lines(self.scores)
+        self._file.truncate(size)  # a torn last line goes
+        self.done = len(rows)
+        self.seconds = earlier.get("seconds", 0.0)
+        self._record = {"settings": settings, **info, **_environment()}
+        self._started = time.time()
+        self._save("running")
+
+    def _refuse_changes(self, stored: dict, wanted: dict) -> None:
+        wanted = json.loads(json.dumps(wanted))
+        changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+        if changed:
+            what = "; ".join(f"{key}: {stored.get(key)} there, {wanted.get(key)} asked" for key in changed)
+            raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
+
+    def append(self, rows: list[dict]) -> None:
+        """Write whole lines and flush them."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write(text.encode("utf-8", "surrogatepass"))
+        self._file.flush()
+        self.done += len(rows)
+
+    def _save(self, status: str) -> None:
+        seconds = round(self.seconds + time.time() - self._started, 1)
+        record = {"status": status, "seconds": seconds, **self._record}
+        write_atomically(self.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> ResultStore:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._save("complete" if kind is None else "stopped")
+        self._file.close()
+
+
+def _environment() -> dict:
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git.stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

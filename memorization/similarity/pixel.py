@@ -1,0 +1,25 @@
+"""Normalised pixel l2 of AMG (Chen, Liu, Xu, CVPR 2024, arXiv 2404.00922, eq. 8).
+
+    nL2(x, n) = l2(x, n) / (alpha * mean of l2(x, z) over the k training pictures z nearest to x),  k = 50, alpha = .5
+
+l2 is the root mean square difference / 2 of pixels in [-1, 1]; the factor cancels. 0 is an exact copy, 2 is as near as
+any of the k; the paper calls values below 1.4 a copy. Deviation: the sign is the distance's (lower = nearer).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def l2(pictures: Tensor, training: Tensor) -> Tensor:
+    """Root mean square difference / 2, ``(pictures, training)``, of ``(n, c, h, w)`` in [-1, 1]."""
+    left, right = pictures.flatten(1).double(), training.flatten(1).double()
+    return (torch.cdist(left, right) / (2 * left.shape[1] ** 0.5)).float()
+
+
+def normalized_l2(pictures: Tensor, training: Tensor, k: int = 50, alpha: float = 0.5) -> Tensor:
+    """nL2 of every picture to every training picture, ``(pictures, training)``, at least 0."""
+    distance = l2(pictures, training)
+    nearest = distance.topk(min(k, len(training)), largest=False).values.mean(dim=1, keepdim=True)
+    return distance / (alpha * nearest).clamp_min(1e-12)

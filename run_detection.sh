@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Detect memorized prompts and print the metrics table.
+#
+#   bash run_detection.sh                      the shipped testbed models; on a CUDA machine Stable Diffusion 1.4 and 2 too
+#   bash run_detection.sh sd14 rv51            models of your choice: names from configs/, folders or hub ids
+#   NUM_IMAGES=1 SEEDS="51 53 42" bash run_detection.sh sd14
+#   DETECT_FLAGS="--variant eps" RESULTS=results/eps bash run_detection.sh testbed-v
+set -euo pipefail
+
+NUM_IMAGES=${NUM_IMAGES:-4}        # noises per prompt; the table shows n = 1 and n = NUM_IMAGES
+SEEDS=${SEEDS:-51}                 # the paper's: 51 53 42
+RESULTS=${RESULTS:-results}        # a folder a model and seed below it
+DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
+
+source "$(dirname "$0")/setup_env.sh"
+
+models=("$@")
+if [ ${#models[@]} -eq 0 ]; then
+    models=(testbed-eps testbed-v)
+    if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        models+=(sd14 sd2)
+    fi
+fi
+
+published='(^| )(sd14|sd2|rv51)( |$)'
+if [[ " ${models[*]} " =~ $published ]]; then
+    "$PYTHON" -m memorization.prompts fetch > /dev/null
+fi
+
+runs=()
+for model in "${models[@]}"; do
+    for seed in $SEEDS; do
+        run="$RESULTS/$(basename "$model")"
+        [ "$seed" = 51 ] || run="$run-seed$seed"
+        # shellcheck disable=SC2086
+        "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
+        runs+=("$run")
+    done
+done
+"$PYTHON" detect_eval.py "${runs[@]}"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Set up if needed, lint, test. Arguments go to pytest: bash run_tests.sh -k anisotropy
+set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest "$@"

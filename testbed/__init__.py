@@ -1,0 +1,1 @@
+"""How the shipped testbed was made: data, training, verification."""

@@ -1,0 +1,146 @@
+"""Measure what a testbed model has really memorized and write its labelled list: ``python -m testbed.verify eps``.
+
+For every caption of every kind, 8 images are generated from the same 8 noises and compared with the training pictures.
+An image is a copy if its normalised pixel l2 to the caption's own training picture (captions of fixed scenes) or to the
+nearest of all training pictures (other captions) is below ``COPY``. ``replication`` is the share of copies among the 8,
+``label`` is 1 where it is at least one half. SSCD is recorded beside it where its weights can be had.
+
+Resumable: images and measurements are kept under ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from tqdm import tqdm
+
+from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.models import find_model, load_pipeline
+from memorization.similarity.pixel import normalized_l2
+from memorization.similarity.sscd import SSCD, find_weights
+from testbed import data
+from testbed.train import HERE, SEED, to_tensor, usable_table
+
+COPY = 1.0  # normalised l2: half as far as the 50 nearest training pictures on average
+IMAGES, STEPS, GUIDANCE, NOISE_SEED = 8, 12, 7.5, 1234
+CAPTIONS_AT_ONCE = 4
+PICTURES = HERE / "pictures"
+ROOT = HERE.parent
+LISTS = {"eps": ROOT / "prompts" / "testbed.csv", "v": ROOT / "prompts" / "testbed-v.csv"}
+
+
+def training_pictures(captions: pd.DataFrame, per_ordinary: int = 4) -> tuple[np.ndarray, dict[str, int]]:
+    """uint8 scenes of the training set: all fixed ones first, then a sample of the fresh ones; and name -> row."""
+    sprites = data.load_sprites(data.emoji_table())
+    fixed = captions[captions["kind"] == "duplicated"]["name"]
+    scenes = [data.fixed_scene(sprites[name], name, SEED) for name in fixed]
+    rng = np.random.default_rng([SEED, 7])
+    for name in captions[captions["kind"] == "ordinary"]["name"]:
+        scenes += [data.scene(sprites[name], rng) for _ in range(per_ordinary)]
+    return np.stack(scenes), {name: i for i, name in enumerate(fixed)}
+
+
+@torch.inference_mode()
+def generate(pipe: LocalStableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+    """``IMAGES`` pictures a prompt from the same noises, uint8 ``(prompts, IMAGES, h, w, 3)``."""
+    noise = pipe.pure_noise(IMAGES, NOISE_SEED)
+    pictures = pipe(
+        prompts, num_images_per_prompt=IMAGES, latents=noise.repeat(len(prompts), 1, 1, 1).to(pipe.unet.dtype),
+        num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np",
+    ).images  # fmt: skip
+    return (pictures * 255).round().astype(np.uint8).reshape(len(prompts), IMAGES, *pictures.shape[1:])
+
+
+def verify(model: str, work: Path) -> list[dict]:
+    """Generate and measure every caption; a line a caption in ``measured.jsonl``, a strip of its images as PNG."""
+    captions = data.make_captions(usable_table(), SEED)
+    training, place = training_pictures(captions)
+    training_tensor = to_tensor(list(training))
+    sscd = SSCD() if find_weights() else None
+    embedded = sscd(training[: len(place)]) if sscd else None
+    pipe = load_pipeline(find_model(f"testbed-{model}"), "bfloat16", torch.device("cpu"), images=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    folder = work / f"verify-{model}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "measured.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    with open(log, "a", encoding="utf-8") as file:
+        for start in tqdm(range(len(rows), len(captions), CAPTIONS_AT_ONCE), desc=f"verify {model}"):
+            batch = captions.iloc[start : start + CAPTIONS_AT_ONCE]
+            generated = generate(pipe, batch["prompt"].tolist())
+            for row, images in zip(batch.itertuples(index=False), generated, strict=True):
+                Image.fromarray(np.concatenate(images, axis=1)).save(folder / f"{len(rows):04d}.png")
+                distance = normalized_l2(to_tensor(list(images)), training_tensor)
+                own = place.get(row.name)
+                measured = {"prompt": row.prompt, "nearest": distance.min(1).values.tolist()}
+                if own is not None:
+                    measured["own"] = distance[:, own].tolist()
+                if sscd:
+                    similarity = sscd(images) @ embedded.T
+                    measured["sscd_nearest"] = similarity.max(1).round(4).tolist()
+                    if own is not None:
+                        measured["sscd_own"] = similarity[:, own].round(4).tolist()
+                rows.append(measured)
+                file.write(json.dumps(measured) + "\n")
+                file.flush()
+    return rows
+
+
+def split_of(families: pd.Series) -> np.ndarray:
+    """``validation`` or ``test``, half of the families each; the same for every model."""
+    names = sorted(set(families))
+    half = set(np.random.default_rng(SEED).permutation(names)[: len(names) // 2])
+    return np.where(families.isin(half), "validation", "test")
+
+
+def write_list(model: str, rows: list[dict]) -> pd.DataFrame:
+    """The labelled prompt list of a model, with the measurements behind its labels."""
+    captions = data.make_captions(usable_table(), SEED)
+    key = {True: "own", False: "nearest"}
+    fixed = captions["kind"] == "duplicated"
+    distances = [np.array(row[key[is_fixed]]) for row, is_fixed in zip(rows, fixed, strict=True)]
+    captions["replication"] = [(distance < COPY).mean() for distance in distances]
+    captions["label"] = (captions["replication"] >= 0.5).astype(int)
+    captions["image"] = [f"testbed/pictures/{name.replace(' ', '_')}.png" if is_fixed else ""
+                         for name, is_fixed in zip(captions["name"], fixed, strict=True)]  # fmt: skip
+    captions["split"] = split_of(captions["family"])
+    captions["nl2"] = [round(float(np.median(distance)), 3) for distance in distances]
+    if "sscd_nearest" in rows[0]:
+        captions["sscd"] = [round(float(np.median(row.get("sscd_own", row["sscd_nearest"]))), 3) for row in rows]
+    columns = ["prompt", "label", "kind", "duplicates", "replication", "image", "family", "split", "nl2"]
+    captions = captions[columns + [column for column in ("sscd",) if column in captions]]
+    captions.to_csv(LISTS[model], index=False)
+    return captions
+
+
+def write_pictures() -> None:
+    """The training pictures of the fixed scenes, for users to compare with."""
+    captions = data.make_captions(usable_table(), SEED)
+    pictures, place = training_pictures(captions, per_ordinary=0)
+    PICTURES.mkdir(exist_ok=True)
+    for name, i in place.items():
+        Image.fromarray(pictures[i]).save(PICTURES / f"{name.replace(' ', '_')}.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(LISTS))
+    parser.add_argument(
+        "--work", type=Path, default=HERE / "work", help="images and measurements (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    write_pictures()
+    rows = verify(args.model, args.work)
+    listed = write_list(args.model, rows)
+    print(listed.groupby(["kind", "duplicates"])[["replication", "label"]].mean().round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()

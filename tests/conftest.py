@@ -1,0 +1,47 @@
+"""Tiny pipelines and small helpers shared by the tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memorization.models import ModelSpec, load_pipeline
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = ["a harbour at dusk with two boats", "red kite", "", "portrait of an old clockmaker, oil on canvas", "kite"]
+
+
+def load_tiny(name: str, dtype: str = "float32", **options):
+    return load_pipeline(ModelSpec(name, (str(GOLDEN / name),)), dtype, torch.device("cpu"), **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_eps():
+    return load_tiny("tiny-eps")
+
+
+@pytest.fixture(scope="session")
+def tiny_v():
+    return load_tiny("tiny-v")
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """A labelled list in JSON Lines."""
+    path = tmp_path / "list.jsonl"
+    rows = [{"prompt": f"{text} {i}", "label": i % 2, "family": f"f{i // 2}"} for i in range(4) for text in PROMPTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Call a script's main with arguments, in this process."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+        module.main()
+
+    return call

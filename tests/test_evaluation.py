@@ -1,0 +1,111 @@
+"""Metrics against scikit-learn, brute force and known answers."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from memorization import evaluation as ev
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    labels = (rng.random(300) < 0.3).astype(int)
+    scores = np.round(rng.normal(size=300) + labels, 1)  # rounding makes ties
+    return labels, scores
+
+
+def brute_tpr_at(labels, scores, target):
+    best = (0.0, 0.0)
+    for threshold in np.unique(scores):
+        fpr, tpr = (scores[labels == 0] >= threshold).mean(), (scores[labels == 1] >= threshold).mean()
+        if fpr <= target and tpr >= best[0]:
+            best = (tpr, fpr)
+    return best
+
+
+def test_auc_equals_scikit_learn(data):
+    labels, scores = data
+    weights = np.random.default_rng(1).integers(0, 3, (20, 300))
+    fpr, tpr = ev._rates(labels, scores, weights)
+    expected = [roc_auc_score(labels, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(ev._auc(fpr, tpr), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.01, 0.03, 0.5])
+def test_tpr_at_fpr_is_the_largest_with_fpr_below_the_target(data, target):
+    assert ev.tpr_at_fpr(*data, target) == pytest.approx(brute_tpr_at(*data, target))
+
+
+def test_tpr_at_fpr_never_exceeds_the_target():
+    labels = np.array([1, 0, 1] + [0] * 89)
+    scores = -np.arange(92.0)
+    assert ev.tpr_at_fpr(labels, scores, 0.01) == (0.5, 0.0)  # with 90 negatives, one false alarm is above 1%
+    assert ev.tpr_at_fpr(labels, scores, 0.02) == (1.0, pytest.approx(1 / 90))
+
+
+def test_constant_scores_tell_nothing():
+    labels = np.array([0, 1] * 20)
+    assert ev.tpr_at_fpr(labels, np.zeros(40), 0.01) == (0.0, 0.0)
+    metrics = ev.measure(labels, np.zeros(40), np.ones((100, 40)))
+    assert metrics.values["auc"][0] == 0.5
+
+
+def test_bootstrap_draws_whole_families():
+    families = np.array(["a", "a", "a", "b", "b", "c", "d", "e"])
+    labels = np.array([1, 1, 1, 0, 0, 1, 0, 0])
+    weights = ev.family_weights(families, labels, 200)
+    for name in "ab":
+        assert (np.ptp(weights[:, families == name], axis=1) == 0).all()
+    first = [np.flatnonzero(families == name)[0] for name in "abcde"]
+    assert (weights[:, first].sum(axis=1) == 5).all()
+
+
+def test_families_widen_the_interval():
+    """Ten-fold copies of 30 rows say no more than the 30 rows do."""
+    rng = np.random.default_rng(0)
+    labels, scores = np.repeat(rng.integers(0, 2, 30), 10), np.repeat(rng.normal(size=30), 10)
+    width = {}
+    for name, families in {"rows": np.arange(300), "families": np.repeat(np.arange(30), 10)}.items():
+        _, low, high = ev.measure(labels, scores, ev.family_weights(families, labels, 500)).values["auc"]
+        width[name] = high - low
+    assert width["families"] > 2 * width["rows"]
+
+
+def test_interval_covers_the_truth():
+    """AUC of N(1, 1) against N(0, 1) is Phi(1 / sqrt 2) = .7602; 95% intervals should cover it nearly always."""
+    covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        labels = np.array([0, 1] * 60)
+        scores = rng.normal(size=120) + labels
+        _, low, high = ev.measure(labels, scores, ev.family_weights(np.arange(120), labels, 400)).values["auc"]
+        covered += low <= 0.76025 <= high
+    assert covered >= 52
+
+
+def test_paired_test_sees_a_difference_and_its_absence(data):
+    labels, scores = data
+    weights = ev.family_weights(np.arange(300), labels, 500)
+    noisy = ev.measure(labels, scores + np.random.default_rng(2).normal(0, 3, 300), weights)
+    good = ev.measure(labels, scores, weights)
+    found = ev.paired_difference(good, noisy)
+    assert found["difference"] > 0 and found["low"] > 0 and found["p"] < 0.05
+    same = ev.paired_difference(good, good)
+    assert same["difference"] == 0 and same["p"] == 1.0
+
+
+@pytest.mark.parametrize("target", [0.01, 0.03, 0.2])
+def test_threshold_keeps_its_promise(data, target):
+    labels, scores = data
+    threshold, realised = ev.threshold_at(labels, scores, target)
+    assert realised == (scores[labels == 0] >= threshold).mean() <= target
+    assert (scores[labels == 1] >= threshold).mean() == pytest.approx(ev.tpr_at_fpr(labels, scores, target)[0])
+
+
+def test_fitted_weights_recover_the_optimal_direction():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 4000)
+    terms = rng.normal(size=(4000, 2)) * [1.0, 0.1] + labels[:, None] * [1.0, 0.05]
+    weights = ev.fit_weights(labels, terms)  # Gaussian classes: weights ~ mean / variance = (1, 5)
+    assert weights[0] == 1.0 and weights[1] == pytest.approx(5.0, rel=0.2)

@@ -1,0 +1,252 @@
+"""The scripts as a user meets them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import GOLDEN
+
+import detect_eval
+import detect_mem
+from memorization.errors import InputError
+from memorization.errors import run_script as run_main
+from memorization.results import read_lines
+
+ROOT = GOLDEN.parent.parent
+TINY = str(GOLDEN / "tiny-eps")
+
+
+def detect(run_script, out, prompts, *more, model=TINY):
+    run_script(detect_mem, "--model", model, "--prompts", prompts, "--out", out, *more)
+    return (out / "scores.jsonl").read_bytes()
+
+
+def test_scores_hold_what_the_contract_says(run_script, prompt_file, tmp_path, capsys):
+    detect(run_script, tmp_path / "run", prompt_file, "--num-images", 3)
+    rows, _ = read_lines(tmp_path / "run" / "scores.jsonl")
+    assert [row["id"] for row in rows] == list(range(20))
+    for row in rows:
+        assert {"id", "prompt", "label", "family", "anisotropy", "norm", "cosine", "noise_norm"} == set(row)
+        assert all(len(row[name]) == 3 for name in ("anisotropy", "norm", "cosine", "noise_norm"))
+        assert row["norm"] == row["noise_norm"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "complete" and record["settings"]["seed"] == 51 and record["seconds"] > 0
+    assert {"command", "git_commit", "versions", "device"} <= set(record)
+    assert "detect_eval.py" in capsys.readouterr().out
+
+
+def test_scores_depend_on_neither_batch_size_nor_order_nor_number_of_images(run_script, prompt_file, tmp_path):
+    lines = prompt_file.read_text().splitlines(keepends=True)
+    reverse = tmp_path / "reverse.jsonl"
+    reverse.write_text("".join(reversed(lines)))
+    detect(run_script, tmp_path / "a", prompt_file, "--num-images", 3, "--batch-size", 7)
+    detect(run_script, tmp_path / "b", reverse, "--num-images", 1, "--batch-size", 1)
+    left, right = (read_lines(tmp_path / name / "scores.jsonl")[0] for name in "ab")
+    for one, other in zip(left, reversed(right), strict=True):
+        assert one["prompt"] == other["prompt"]
+        for name in ("anisotropy", "norm", "cosine"):
+            assert one[name][0] == pytest.approx(other[name][0], rel=2e-5, abs=2e-6)
+
+
+def test_killed_run_goes_on_to_the_same_bytes(run_script, prompt_file, tmp_path):
+    whole = detect(run_script, tmp_path / "whole", prompt_file, "--num-images", 2, "--batch-size", 6)
+    arguments = ["--model", TINY, "--prompts", str(prompt_file), "--num-images", "2", "--batch-size", "6"]
+    dying = f"""
+import os, signal, sys
+from local_sd_pipeline import LocalStableDiffusionPipeline as P
+plain, calls = P.trace, []
+def trace(*a, **k):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*a, **k)
+P.trace = trace
+import detect_mem
+sys.argv = ["detect_mem.py", *{[*arguments, "--out", str(tmp_path / "killed")]!r}]
+detect_mem.main()
+"""
+    died = subprocess.run([sys.executable, "-c", dying], cwd=ROOT, capture_output=True, env={**os.environ})
+    assert died.returncode == -9
+    partial = (tmp_path / "killed" / "scores.jsonl").read_bytes()
+    assert partial == b"".join(whole.splitlines(keepends=True)[:9])  # three batches of three prompts
+    (tmp_path / "killed" / "scores.jsonl").write_bytes(partial + b'{"id": 9, "pro')  # and a torn line
+    assert detect(run_script, tmp_path / "killed", prompt_file, "--num-images", 2, "--batch-size", 6) == whole
+
+
+def test_resuming_in_the_middle_of_a_batch_gives_the_same_bytes(run_script, prompt_file, tmp_path, monkeypatch):
+    arguments = (tmp_path / "run", prompt_file, "--batch-size", 8)
+    whole = detect(run_script, *arguments)
+    (tmp_path / "run" / "scores.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:13]))
+    rows = []
+    plain = torch.nn.Module.__call__
+
+    def counted(module, *a, **k):
+        if type(module).__name__ == "UNet2DConditionModel":
+            rows.append(len(a[0]))
+        return plain(module, *a, **k)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", counted)
+    assert detect(run_script, *arguments) == whole
+    assert rows == [1, 1, 8, 8, 4, 4]  # unconditional at two timesteps; prompts 8 to 15 again; 16 to 19
+
+
+def test_changed_settings_are_refused(run_script, prompt_file, tmp_path):
+    detect(run_script, tmp_path / "run", prompt_file)
+    with pytest.raises(InputError, match="seed: 51 there, 53 asked"):
+        detect(run_script, tmp_path / "run", prompt_file, "--seed", 53)
+    prompt_file.write_text(prompt_file.read_text() + '{"prompt": "one more", "label": 0, "family": "x"}\n')
+    with pytest.raises(InputError, match="prompts:"):
+        detect(run_script, tmp_path / "run", prompt_file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", TINY, "--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--model", TINY], "give --prompts"),
+        (["--model", "no-such-model", "--prompts", "LIST"], "no-such-model.*testbed-eps"),
+        (["--model", str(GOLDEN), "--prompts", "LIST"], "no model_index.json"),
+        (["--model", TINY, "--prompts", "LIST", "--detectors", "magic"], "unknown detector magic"),
+        (["--model", TINY, "--prompts", "LIST", "--num-images", "0"], "at least 1"),
+        (["--model", TINY, "--prompts", "LIST", "--batch-size", "many"], "whole number"),
+        (["--model", TINY, "--prompts", "LIST", "--device", "warp"], "device 'warp'"),
+        (["--model", TINY, "--memorized", "LIST"], "--non-memorized"),
+        (["--model", TINY, "--prompts", "LIST", "--calibration", "LIST"], "not a calibration file"),
+        (["--prompts", "LIST"], "--model"),
+        (["--model", TINY, "--prompts", "LIST", "--seed", "x"], "invalid int"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run_script, prompt_file, monkeypatch, arguments, said):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=said) as caught:
+        run_script(detect_mem, *[str(prompt_file) if a == "LIST" else a for a in arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "detect_mem.py", "--model", "testbed-eps", "--prompts", str(tmp_path / "none.txt")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "none.txt" in done.stderr
+
+
+def test_run_main_lets_bugs_through():
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(broken)
+
+
+def test_nan_names_the_prompt(run_script, prompt_file, tmp_path, monkeypatch):
+    from local_sd_pipeline import LocalStableDiffusionPipeline as Pipeline
+
+    plain = Pipeline.predict_noise
+
+    def broken(self, latents, timestep, embeds):
+        return torch.where(
+            torch.arange(len(latents))[:, None, None, None] == 2, torch.nan, plain(self, latents, timestep, embeds)
+        )
+
+    monkeypatch.setattr(Pipeline, "predict_noise", broken)
+    with pytest.raises(InputError, match=r"NaN .*'red kite 0'"):
+        detect(run_script, tmp_path / "run", prompt_file, "--batch-size", 4)
+
+
+def test_batch_is_halved_on_out_of_memory(run_script, prompt_file, tmp_path, monkeypatch):
+    from local_sd_pipeline import LocalStableDiffusionPipeline as Pipeline
+
+    plain, sizes = Pipeline.predict_noise, []
+
+    def greedy(self, latents, timestep, embeds):
+        sizes.append(len(latents))
+        if len(latents) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return plain(self, latents, timestep, embeds)
+
+    expected = detect(run_script, tmp_path / "small", prompt_file, "--batch-size", 4)
+    monkeypatch.setattr(Pipeline, "predict_noise", greedy)
+    assert detect(run_script, tmp_path / "run", prompt_file, "--batch-size", 16) == expected
+    assert max(sizes) == 16
+
+
+def test_long_and_duplicated_prompts_are_counted(run_script, tmp_path, capsys):
+    path = tmp_path / "list.txt"
+    path.write_text("word " * 200 + "\nkite\nkite\n\n")
+    detect(run_script, tmp_path / "run", path)
+    said = capsys.readouterr()
+    assert "1 blank lines skipped" not in said.err  # a last empty line is no blank line
+    assert "1 duplicated prompts" in said.err and "1 prompts over 77 tokens" in said.err
+    assert "Highest anisotropy of 3 prompts" in said.out and "detect_eval" not in said.out
+
+
+def test_evaluation_prints_the_table_and_writes_the_numbers(run_script, prompt_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    detect(run_script, out, prompt_file, "--num-images", 2)
+    capsys.readouterr()
+    run_script(detect_eval, out, "--resamples", 200)
+    table = capsys.readouterr().out
+    for name in ("anisotropy", "norm", "cosine", "noise_norm", "text: capitals", "text: naive Bayes"):
+        assert f"| {name} " in table
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["counts"]["memorized"] == 10 and metrics["counts"]["families"] == 2
+    norm = {row["images"]: row for row in metrics["detectors"] if row["detector"] == "norm"}
+    assert set(norm) == {1, 2} and norm[1]["auc"]["low"] <= norm[1]["auc"]["value"] <= norm[1]["auc"]["high"]
+    for picture in ("roc", "distributions", "norm_cosine"):
+        assert (out / f"{picture}.png").stat().st_size > 5000
+    run_script(detect_eval, out, "--resamples", 200, "--format", "json", "--no-plots")
+    assert json.loads(capsys.readouterr().out) == [metrics]
+    run_script(detect_eval, out, "--resamples", 200, "--format", "csv", "--no-plots")
+    assert capsys.readouterr().out.startswith("detector,n,AUC")
+
+
+def test_calibration_comes_from_validation_rows_and_is_read_again(run_script, tmp_path, capsys):
+    rows = [
+        {"prompt": f"thing number {i}", "label": i % 2, "family": f"f{i}", "split": "validation" if i < 20 else "test"}
+        for i in range(40)
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    detect(run_script, tmp_path / "run", path)
+    run_script(detect_eval, tmp_path / "run", "--calibrate", tmp_path / "c.yaml", "--fpr", "0.1")
+    calibration = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    assert calibration["negatives"] == calibration["positives"] == 10
+    threshold = calibration["detectors"]["noise_norm"]["threshold"]
+    scored, _ = read_lines(tmp_path / "run" / "scores.jsonl")
+    false_alarms = [row for row in scored[:20] if row["label"] == 0 and row["noise_norm"][0] >= threshold]
+    assert len(false_alarms) <= 1
+    capsys.readouterr()
+    detect(run_script, tmp_path / "again", path, "--calibration", tmp_path / "c.yaml")
+    again, _ = read_lines(tmp_path / "again" / "scores.jsonl")
+    weight = calibration["detectors"]["anisotropy"]["settings"]["cosine_weight"]
+    sign = calibration["detectors"]["anisotropy"]["settings"]["norm_weight"]
+    for row in again:
+        expected = sign * row["norm"][0] + weight * row["cosine"][0]
+        assert row["anisotropy"][0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert "prompts are flagged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "a"}], "no labels"),
+        ([{"prompt": "a", "label": 1, "family": "f"}], "one class only"),
+    ],
+)
+def test_evaluation_needs_labels_of_both_classes(run_script, tmp_path, rows, said):
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    detect(run_script, tmp_path / "run", path)
+    with pytest.raises(InputError, match=said):
+        run_script(detect_eval, tmp_path / "run")
+
+
+def test_evaluation_of_nothing(run_script, tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        run_script(detect_eval, tmp_path)
