@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -129,6 +130,33 @@ def write_pictures() -> None:
         Image.fromarray(pictures[i]).save(PICTURES / f"{name.replace(' ', '_')}.png", optimize=True)
 
 
+def draw_sheet(model: str, listed: pd.DataFrame, work: Path, rows_each: int = 3) -> Path:
+    """``docs/testbed-<model>.png``: training picture beside generations, for captions from memorized to ordinary."""
+    fixed = listed["kind"] == "duplicated"
+    groups = {
+        "memorized": listed[fixed & (listed["replication"] == 1)],
+        "partly copied": listed[fixed & listed["replication"].between(0.2, 0.8)],
+        "one fixed picture, not copied": listed[fixed & (listed["replication"] == 0)],
+        "ordinary: a fresh picture each visit": listed[listed["kind"] == "ordinary"],
+    }
+    chosen = [(title, row) for title, group in groups.items() for row in group.head(rows_each).itertuples()]
+    figure, axes = plt.subplots(len(chosen), 2, figsize=(8.2, 0.93 * len(chosen)), width_ratios=[1, 8])
+    for (title, row), (left, right) in zip(chosen, axes, strict=True):
+        if row.image:
+            left.imshow(Image.open(ROOT / row.image))
+        right.imshow(Image.open(work / f"verify-{model}" / f"{row.Index:04d}.png"))
+        count = f", x{row.duplicates}" if row.image else ""
+        right.set_title(f"{title}{count}: “{row.prompt}”", fontsize=8, loc="left", pad=2)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle("training picture | eight generations", fontsize=9, x=0.02, ha="left")
+    figure.tight_layout(pad=0.3)
+    path = ROOT / "docs" / f"testbed-{model}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(LISTS))
@@ -139,6 +167,7 @@ def main() -> None:
     write_pictures()
     rows = verify(args.model, args.work)
     listed = write_list(args.model, rows)
+    print(draw_sheet(args.model, listed, args.work))
     print(listed.groupby(["kind", "duplicates"])[["replication", "label"]].mean().round(3).to_string())
 
 
