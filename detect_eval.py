@@ -216,7 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.fpr < 1 or args.resamples < 100:
         parser.error("--fpr lies between 0 and 1, --resamples is at least 100")
-    folders = args.runs or sorted(path.parent for path in (ROOT / "results").glob("*/run.json"))
+    folders = args.runs or sorted(path.parent for path in (ROOT / "results").glob("**/run.json"))
     if not folders:
         raise InputError("no run under results/; start with: bash run_detection.sh")
     if args.calibrate:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import yaml
 
+from memorization.detectors.anisotropy import COSINE_MODES
 from memorization.errors import ArgumentParser, InputError, run_script
 
 ROOT = Path(__file__).resolve().parent
-COSINE_MODES = ("x,c|x", "x,x|c", "x|c,c|x")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,11 +59,15 @@ def parse_arguments() -> argparse.Namespace:
         default="None",
         help="divide each noise prediction by its norm first (default: %(default)s)",
     )
-    add("--calibration", metavar="FILE", help="weights and thresholds written by detect_eval.py --calibrate")
+    add(
+        "--calibration",
+        metavar="FILE",
+        help="written by detect_eval.py --calibrate: thresholds, and the settings they hold for",
+    )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by device")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--batch-size", default="auto", metavar="N|auto", help="rows (prompt x noise) to a UNet call (default: auto)")
-    add("--out", type=Path, metavar="DIR", help="default: results/<model>")
+    add("--out", type=Path, metavar="DIR", help="default: results/local/<model>")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     args = parser.parse_args()
     if args.num_images < 1 or args.steps < 3:
@@ -109,16 +113,19 @@ def report(frame, pipe) -> None:
 
 
 def read_calibration(path: str | None) -> dict:
-    """Detector -> what ``detect_eval.py --calibrate`` wrote of it."""
+    """What ``detect_eval.py --calibrate`` wrote; without a file, thresholds of no detector."""
     if path is None:
-        return {}
+        return {"detectors": {}}
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))["detectors"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them") from None
+        calibration = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        calibration = None
+    if not isinstance(calibration, dict) or not {"detectors", "num_images"} <= calibration.keys():
+        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them")
+    return calibration
 
 
-def print_summary(store, detectors: list[str], calibration: dict) -> None:
+def print_summary(store, detectors: list[str], thresholds: dict[str, float]) -> None:
     """Where the scores are, and the prompts that score highest."""
     from memorization.evaluation import image_mean
     from memorization.results import read_lines
@@ -126,7 +133,7 @@ def print_summary(store, detectors: list[str], calibration: dict) -> None:
     rows, _ = read_lines(store.scores)
     first = detectors[0]
     score = {row["id"]: image_mean(row[first]) for row in rows}
-    threshold = calibration.get(first, {}).get("threshold")
+    threshold = thresholds.get(first)
     top = sorted(rows, key=lambda row: -score[row["id"]])
     if threshold is not None:
         flagged = sum(value >= threshold for value in score.values())
@@ -147,20 +154,22 @@ def main() -> None:
     import diffusers
     import transformers
 
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
     from memorization.detection import default_batch_size, run_detection
     from memorization.detectors import make_detectors
     from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
     from memorization.results import ResultStore
 
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
     spec = find_model(args.model)
     calibration = read_calibration(args.calibration)
+    if calibration.get("num_images", args.num_images) != args.num_images:
+        raise InputError(f"{args.calibration} is for --num-images {calibration['num_images']}")
+    calibrated = calibration["detectors"]
     asked = {key: getattr(args, key) for key in ("variant", "cosine_mode", "cosine", "normalization")}
-    anisotropy = {**spec.anisotropy, **asked, **calibration.get("anisotropy", {}).get("settings", {})}
+    anisotropy = {**spec.anisotropy, **asked, **calibrated.get("anisotropy", {}).get("settings", {})}
     detectors = make_detectors(args.detectors.split(","), {"anisotropy": anisotropy})
     frame, hashes = read_prompt_lists(args, spec)
     device = pick_device(args.device)
@@ -175,15 +184,18 @@ def main() -> None:
         "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
         "batch_size": batch_size,
     }  # fmt: skip
-    thresholds = {name: values["threshold"] for name, values in calibration.items()}
-    info = {"device": str(device), "checkpoint": pipe.config["_name_or_path"], "thresholds": thresholds}
-    out = args.out or ROOT / "results" / spec.name
+    thresholds = {name: values["threshold"] for name, values in calibrated.items()}
+    checkpoint = Path(pipe.config["_name_or_path"])
+    if checkpoint.is_relative_to(ROOT):
+        checkpoint = checkpoint.relative_to(ROOT)
+    info = {"device": str(device), "checkpoint": str(checkpoint), "thresholds": thresholds}
+    out = args.out or ROOT / "results" / "local" / spec.name
     with ResultStore(out, settings, info, args.overwrite) as store:
         run_detection(
             pipe, frame, detectors, store,
             num_images=args.num_images, seed=args.seed, steps=args.steps, batch_size=batch_size,
         )  # fmt: skip
-    print_summary(store, [d.name for d in detectors], calibration)
+    print_summary(store, [d.name for d in detectors], thresholds)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,14 @@ class NoisePrediction(NamedTuple):
         return self.cond - self.uncond
 
 
+class UnconditionalPrediction(NamedTuple):
+    """What does not depend on the prompts: the empty prompt's embedding ``(1, tokens, width)`` and its eps
+    ``(images, c, h, w)`` at each timestep."""
+
+    embedding: Tensor
+    eps: dict[int, Tensor]
+
+
 class LocalStableDiffusionPipeline(StableDiffusionPipeline):
     """``StableDiffusionPipeline`` with access to its noise predictions, whatever its prediction type."""
 
@@ -55,14 +63,16 @@ class LocalStableDiffusionPipeline(StableDiffusionPipeline):
         All blank prompts get one and the same embedding, to the bit, whatever else is in the batch: the guidance vector
         of an empty prompt is exactly zero.
         """
-        device = self._execution_device
-        written = [prompt for prompt in prompts if prompt.strip()]
-        empty = self.encode_prompt([""], device, 1, False)[0]
-        embedded = empty.repeat(len(prompts), 1, 1)
+        written = [i for i, prompt in enumerate(prompts) if prompt.strip()]
+        if len(written) == len(prompts):
+            return self._encode(prompts)
+        embedded = self._encode([""]).repeat(len(prompts), 1, 1)
         if written:
-            places = [i for i, prompt in enumerate(prompts) if prompt.strip()]
-            embedded[places] = self.encode_prompt(written, device, 1, False)[0]
+            embedded[written] = self._encode([prompts[i] for i in written])
         return embedded
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        return self.encode_prompt(list(prompts), self._execution_device, 1, do_classifier_free_guidance=False)[0]
 
     def pure_noise(self, num_images: int, seed: int) -> Tensor:
         """Start latents x_T ~ N(0, I), float32 ``(num_images, c, h, w)``, drawn on the CPU.
@@ -112,17 +122,19 @@ class LocalStableDiffusionPipeline(StableDiffusionPipeline):
         ]
         return torch.cat(rows).unflatten(0, (-1, images))
 
-    def predict_uncond(self, latents: Tensor, timesteps: Sequence[int], batch_size: int = 8) -> dict[int, Tensor]:
+    def predict_uncond(self, latents: Tensor, timesteps: Sequence[int], batch_size: int = 8) -> UnconditionalPrediction:
         """eps of the empty prompt at each timestep. It depends on no prompt: compute it once a run."""
         empty = self.embed([""])
-        return {t: self.predict_pairs(latents, t, empty, batch_size)[0] for t in timesteps}
+        return UnconditionalPrediction(
+            empty, {t: self.predict_pairs(latents, t, empty, batch_size)[0] for t in timesteps}
+        )
 
     def trace(
         self,
         prompt_embeds: Tensor,
         latents: Tensor,
         timesteps: Sequence[int],
-        uncond: dict[int, Tensor] | None = None,
+        uncond: UnconditionalPrediction | None = None,
         batch_size: int = 8,
     ) -> dict[int, NoisePrediction]:
         """Noise predictions of all prompts on the same latents at each timestep: what every one-step detector reads.
@@ -136,12 +148,12 @@ class LocalStableDiffusionPipeline(StableDiffusionPipeline):
         """
         if uncond is None:
             uncond = self.predict_uncond(latents, timesteps, batch_size)
-        blank = (prompt_embeds == self.embed([""])).flatten(1).all(1)[:, None, None, None, None]
+        blank = (prompt_embeds == uncond.embedding).flatten(1).all(1)[:, None, None, None, None]
         result = {}
         for t in timesteps:
             cond = self.predict_pairs(latents, t, prompt_embeds, batch_size)
             # The same rows in a batch of another size may differ in the last bits; for a blank prompt d must be 0.
-            cond = torch.where(blank, uncond[t], cond)
+            cond = torch.where(blank, uncond.eps[t], cond)
             kind = self.scheduler.config.prediction_type
-            result[t] = NoisePrediction(t, latents.float(), uncond[t], cond, *self.noise_scales(t), kind)
+            result[t] = NoisePrediction(t, latents.float(), uncond.eps[t], cond, *self.noise_scales(t), kind)
         return result

@@ -4,12 +4,12 @@
 #   bash run_detection.sh                      the shipped testbed models; on a CUDA machine Stable Diffusion 1.4 and 2 too
 #   bash run_detection.sh sd14 rv51            models of your choice: names from configs/, folders or hub ids
 #   NUM_IMAGES=1 SEEDS="51 53 42" bash run_detection.sh sd14
-#   DETECT_FLAGS="--variant eps" RESULTS=results/eps bash run_detection.sh testbed-v
+#   DETECT_FLAGS="--variant eps" RESULTS=results/local-eps bash run_detection.sh testbed-v
 set -euo pipefail
 
 NUM_IMAGES=${NUM_IMAGES:-4}        # noises per prompt; the table shows n = 1 and n = NUM_IMAGES
 SEEDS=${SEEDS:-51}                 # the paper's: 51 53 42
-RESULTS=${RESULTS:-results}        # a folder a model and seed below it
+RESULTS=${RESULTS:-results/local}  # gets a folder a model and seed
 DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
 
 source "$(dirname "$0")/setup_env.sh"

@@ -68,7 +68,7 @@ class Scorer:
             InputError: the model gave a value that is not finite; names the prompt.
         """
         embeds = self.pipe.embed(prompts)
-        trace = self.pipe.trace(embeds, self.latents, list(self.uncond), self.uncond, self.batch_size)
+        trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
         values = {}
         for detector in self.detectors:
             values |= detector([trace[self.timesteps[place]] for place in detector.steps])
@@ -120,4 +120,9 @@ def run_detection(
                 store.append(missing)
                 bar.update(len(missing))
 
-    score_all()
+    try:
+        score_all()
+    except RuntimeError as error:
+        if "No executable batch size" in str(error):
+            raise InputError("out of memory even with one row to a UNet call; try --dtype bfloat16") from None
+        raise

@@ -62,12 +62,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """The dtype asked for, or: bfloat16 on CUDA that has it (float16 on older), float32 elsewhere."""
+    """The dtype asked for, or bfloat16 where the hardware has it; else float16 on CUDA, float32 on a CPU."""
     if name:
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "float32"
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def load_pipeline(

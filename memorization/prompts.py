@@ -49,6 +49,8 @@ def read_prompts(path: str | Path) -> pd.DataFrame:
     frame["prompt"] = frame["prompt"].astype(str)
     if "label" in frame:
         frame["label"] = _labels(path, frame["label"])
+    for column in {"duplicates", "replication"} & set(frame):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
     frame.attrs["blank_lines"] = blank_lines
     return frame
 

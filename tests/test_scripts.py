@@ -155,7 +155,7 @@ def test_nan_names_the_prompt(run_script, prompt_file, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(Pipeline, "predict_noise", broken)
-    with pytest.raises(InputError, match=r"NaN .*'red kite 0'"):
+    with pytest.raises(InputError, match=r"NaN .*' 0'"):
         detect(run_script, tmp_path / "run", prompt_file, "--batch-size", 4)
 
 

@@ -6,14 +6,16 @@ a run share one trace, so running more of them costs no UNet call.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from local_sd_pipeline import NoisePrediction
 from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
+
+if TYPE_CHECKING:
+    from local_sd_pipeline import NoisePrediction
 
 
 class Detector(Protocol):

@@ -20,12 +20,13 @@ divided by its L1 or L2 norm over the whole latent before the terms are formed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from local_sd_pipeline import NoisePrediction
+if TYPE_CHECKING:
+    from local_sd_pipeline import NoisePrediction
 
 COSINE_MODES = ("x,c|x", "x,x|c", "x|c,c|x")
 

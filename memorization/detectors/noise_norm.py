@@ -11,11 +11,12 @@ that the norm means the same thing everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from local_sd_pipeline import NoisePrediction
+if TYPE_CHECKING:
+    from local_sd_pipeline import NoisePrediction
 
 
 @dataclass(frozen=True)
