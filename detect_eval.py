@@ -48,7 +48,10 @@ class Run:
         self.folder = folder
         if not (folder / "run.json").is_file():
             raise InputError(f"{folder}: holds no run (no run.json); detect_mem.py makes one")
-        self.settings = read_json(folder / "run.json")["settings"]
+        record = read_json(folder / "run.json")
+        self.settings = record["settings"]
+        if record["status"] != "complete":
+            print(f"{folder}: this run is not complete; the table is of what there is", file=sys.stderr)
         rows, _ = read_lines(folder / "scores.jsonl")
         self.rows = pd.DataFrame(rows)
         if self.rows.empty or "label" not in self.rows:
@@ -192,14 +195,15 @@ def calibrate(run: Run, target: float) -> dict:
         scores, entry = run.scores(rows, name, images), {}
         if name == "anisotropy":
             terms = np.stack([run.scores(rows, term, images) for term in ("norm", "cosine")], axis=1)
-            fitted = fit_weights(labels, terms)
-            scores = terms @ fitted
+            norm_weight, cosine_weight = (float(f"{weight:.4g}") for weight in fit_weights(labels, terms))
+            scores = terms @ [norm_weight, cosine_weight]
             kept = {key: value for key, value in settings.items() if key != "terms"}
-            entry["settings"] = {**kept, "norm_weight": float(fitted[0]), "cosine_weight": round(float(fitted[1]), 4)}
+            entry["settings"] = {**kept, "norm_weight": norm_weight, "cosine_weight": cosine_weight}
         threshold, realised = threshold_at(labels, scores, target)
         detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised}
     return {
-        "model": run.settings["model"], "run": run.folder.name, "num_images": images, "target_fpr": target,
+        "model": run.settings["model"], "run": run.folder.name, "num_images": images,
+        "steps": run.settings["steps"], "target_fpr": target,
         "negatives": int((labels == 0).sum()), "positives": int(labels.sum()), "detectors": detectors,
     }  # fmt: skip
 
@@ -228,7 +232,13 @@ def main() -> None:
         return
     all_metrics = []
     for folder in folders:
-        run = Run(folder)
+        try:
+            run = Run(folder)
+        except InputError as error:
+            if args.runs:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         metrics = evaluate(run, args.resamples)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         if not args.no_plots:

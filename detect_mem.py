@@ -22,11 +22,13 @@ from memorization.detectors.anisotropy import COSINE_MODES
 from memorization.errors import ArgumentParser, InputError, run_script
 
 ROOT = Path(__file__).resolve().parent
+ANISOTROPY_FLAGS = ("variant", "cosine_mode", "cosine", "normalization")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
+    # fmt: off
     add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name from configs/, a folder, or a hub id")
     add("--prompts", metavar="FILE", help=".txt, .csv or .jsonl (column prompt or caption; optional label, family)")
     add("--memorized", metavar="FILE", help="a list whose prompts all count as memorized; needs --non-memorized")
@@ -35,43 +37,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
     add("--seed", type=int, default=51, help="of the noise (default: %(default)s, the public code's)")
     add("--steps", type=int, default=50, help="of the DDIM grid that places the timesteps (default: %(default)s)")
-    add(
-        "--variant",
-        choices=["official", "eps"],
-        default="official",
-        help="official: the public code's numbers; eps: one meaning for every prediction type (default: %(default)s)",
-    )
-    add(
-        "--cosine-mode",
-        choices=COSINE_MODES,
-        default=COSINE_MODES[0],
-        help="x,c|x: cos(eps_u, d); x,x|c: cos(eps_u, eps_c); x|c,c|x: cos(eps_c, d) (default: %(default)s)",
-    )
-    add(
-        "--cosine",
-        choices=["pixel", "vector"],
-        default="pixel",
-        help="over the channels of each latent pixel, then averaged, or over the whole latent (default: %(default)s)",
-    )
-    add(
-        "--normalization",
-        choices=["None", "L1", "L2"],
-        default="None",
-        help="divide each noise prediction by its norm first (default: %(default)s)",
-    )
-    add(
-        "--calibration",
-        metavar="FILE",
-        help="written by detect_eval.py --calibrate: thresholds, and the settings they hold for",
-    )
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by device")
+    add("--variant", choices=["official", "eps"],
+        help="official: the public code's numbers; eps: one meaning for every prediction type (default: official)")
+    add("--cosine-mode", choices=COSINE_MODES,
+        help="x,c|x: cos(eps_u, d); x,x|c: cos(eps_u, eps_c); x|c,c|x: cos(eps_c, d) (default: x,c|x)")
+    add("--cosine", choices=["pixel", "vector"],
+        help="over the channels of each latent pixel, then averaged, or over the whole latent (default: pixel)")
+    add("--normalization", choices=["None", "L1", "L2"],
+        help="divide each noise prediction by its norm first (default: None)")
+    add("--calibration", metavar="FILE",
+        help="written by detect_eval.py --calibrate: thresholds, and the settings they hold for")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: the model's config, else bfloat16 where the hardware has it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--batch-size", default="auto", metavar="N|auto", help="rows (prompt x noise) to a UNet call (default: auto)")
+    add("--batch-size", default="auto", metavar="N|auto",
+        help="rows (prompt x noise) to a UNet call, halved on out of memory (default: auto)")
     add("--out", type=Path, metavar="DIR", help="default: results/local/<model>")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    # fmt: on
     args = parser.parse_args()
-    if args.num_images < 1 or args.steps < 3:
-        parser.error("--num-images must be at least 1 and --steps at least 3")
+    if args.num_images < 1 or not 3 <= args.steps <= 500 or not 0 <= args.seed < 2**63:
+        parser.error("--num-images is at least 1, --steps from 3 to 500, --seed from 0 to 2^63 - 1")
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
         parser.error(f"--batch-size {args.batch_size}: a whole number above 0, or auto")
     if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
@@ -80,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
-    """The prompts and what tells them apart from other lists: ``(frame, {file name: sha256})``."""
+    """The prompts and what tells them apart from other lists: ``(frame, {role: sha256})``."""
     from memorization.prompts import near_copy_families, read_pair, read_prompts
 
     chosen = {"prompts": args.prompts, "memorized": args.memorized, "non_memorized": args.non_memorized}
@@ -91,10 +77,13 @@ def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
             raise InputError(f"model {spec.name!r} has no prompt list of its own: give --prompts FILE")
         if missing := [path for path in chosen.values() if not path.exists()]:
             raise InputError(f"{missing[0]}: not there yet; download the lists: python -m memorization.prompts fetch")
-    frame = read_prompts(chosen["prompts"]) if "prompts" in chosen else read_pair(*chosen.values())
-    if "label" in frame and "family" not in frame:
+    if "prompts" in chosen:
+        frame = read_prompts(chosen["prompts"])
+    else:
+        frame = read_pair(chosen["memorized"], chosen["non_memorized"])
+    if "label" in frame and ("family" not in frame or not frame["family"].map(bool).all()):
         frame["family"] = near_copy_families(frame["prompt"].tolist())
-    hashes = {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in chosen.values()}
+    hashes = {role: hashlib.sha256(Path(path).read_bytes()).hexdigest() for role, path in chosen.items()}
     return frame, hashes
 
 
@@ -112,17 +101,34 @@ def report(frame, pipe) -> None:
     print(f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else ""), file=sys.stderr)
 
 
-def read_calibration(path: str | None) -> dict:
-    """What ``detect_eval.py --calibrate`` wrote; without a file, thresholds of no detector."""
-    if path is None:
-        return {"detectors": {}}
+def read_calibration(args: argparse.Namespace) -> tuple[dict, dict]:
+    """What ``detect_eval.py --calibrate`` wrote: settings of the anisotropy detector, and a threshold a detector.
+
+    Raises:
+        InputError: it is no such file, or it is for another model, number of images or grid than asked.
+    """
+    if args.calibration is None:
+        return {}, {}
     try:
-        calibration = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        calibration = None
-    if not isinstance(calibration, dict) or not {"detectors", "num_images"} <= calibration.keys():
-        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them")
-    return calibration
+        calibration = yaml.safe_load(Path(args.calibration).read_text(encoding="utf-8"))
+        detectors = calibration["detectors"]
+        thresholds = {name: float(values["threshold"]) for name, values in detectors.items()}
+        settings = dict(detectors.get("anisotropy", {}).get("settings", {}))
+        belongs = {key: calibration[key] for key in ("model", "num_images", "steps")}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(
+            f"{args.calibration}: not a calibration file; detect_eval.py --calibrate writes them"
+        ) from None
+    asked = {"model": args.model, "num_images": args.num_images, "steps": args.steps, **asked_of_anisotropy(args)}
+    for key, value in asked.items():
+        if (calibrated := {**settings, **belongs}.get(key)) != value:
+            raise InputError(f"{args.calibration} is for {key} = {calibrated}, not {value}")
+    return settings, thresholds
+
+
+def asked_of_anisotropy(args: argparse.Namespace) -> dict:
+    """Settings of the anisotropy detector that were given as flags."""
+    return {key: getattr(args, key) for key in ANISOTROPY_FLAGS if getattr(args, key) is not None}
 
 
 def print_summary(store, detectors: list[str], thresholds: dict[str, float]) -> None:
@@ -164,12 +170,8 @@ def main() -> None:
     from memorization.results import ResultStore
 
     spec = find_model(args.model)
-    calibration = read_calibration(args.calibration)
-    if calibration.get("num_images", args.num_images) != args.num_images:
-        raise InputError(f"{args.calibration} is for --num-images {calibration['num_images']}")
-    calibrated = calibration["detectors"]
-    asked = {key: getattr(args, key) for key in ("variant", "cosine_mode", "cosine", "normalization")}
-    anisotropy = {**spec.anisotropy, **asked, **calibrated.get("anisotropy", {}).get("settings", {})}
+    calibrated, thresholds = read_calibration(args)
+    anisotropy = {**spec.anisotropy, **asked_of_anisotropy(args), **calibrated}
     detectors = make_detectors(args.detectors.split(","), {"anisotropy": anisotropy})
     frame, hashes = read_prompt_lists(args, spec)
     device = pick_device(args.device)
@@ -184,7 +186,6 @@ def main() -> None:
         "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
         "batch_size": batch_size,
     }  # fmt: skip
-    thresholds = {name: values["threshold"] for name, values in calibrated.items()}
     checkpoint = Path(pipe.config["_name_or_path"])
     if checkpoint.is_relative_to(ROOT):
         checkpoint = checkpoint.relative_to(ROOT)

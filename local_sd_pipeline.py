@@ -2,7 +2,7 @@
 
 ``LocalStableDiffusionPipeline`` is diffusers' ``StableDiffusionPipeline`` with four more methods: embed prompts, draw
 seeded pure noise, predict noise, and trace a batch of prompts. This file needs torch and diffusers alone, so it also
-works as ``DiffusionPipeline.from_pretrained(model, custom_pipeline="local_sd_pipeline.py")``.
+works as ``DiffusionPipeline.from_pretrained(model, custom_pipeline="local_sd_pipeline.py", trust_remote_code=True)``.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class NoisePrediction(NamedTuple):
@@ -104,7 +106,7 @@ class LocalStableDiffusionPipeline(StableDiffusionPipeline):
             return alpha * output + sigma * latents
         if kind == "sample":
             return (latents - alpha * output) / sigma
-        raise ValueError(f"prediction type {kind!r} is not one of epsilon, v_prediction, sample")
+        raise ValueError(f"prediction type {kind!r} is not one of {PREDICTION_TYPES}")
 
     def predict_noise(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
         """eps of a batch: ``latents (b, c, h, w)`` under ``prompt_embeds (b, tokens, width)``; float32."""

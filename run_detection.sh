@@ -22,19 +22,23 @@ if [ ${#models[@]} -eq 0 ]; then
     fi
 fi
 
-published='(^| )(sd14|sd2|rv51)( |$)'
-if [[ " ${models[*]} " =~ $published ]]; then
-    "$PYTHON" -m memorization.prompts fetch > /dev/null
-fi
-
 runs=()
+failed=()
 for model in "${models[@]}"; do
+    case $model in
+        sd14 | sd2 | rv51) "$PYTHON" -m memorization.prompts fetch > /dev/null || { failed+=("$model"); continue; } ;;
+    esac
     for seed in $SEEDS; do
         run="$RESULTS/$(basename "$model")"
         [ "$seed" = 51 ] || run="$run-seed$seed"
         # shellcheck disable=SC2086
-        "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
-        runs+=("$run")
+        if "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
+        then runs+=("$run"); else failed+=("$model, seed $seed"); fi
     done
 done
-"$PYTHON" detect_eval.py "${runs[@]}"
+
+[ ${#runs[@]} -eq 0 ] || "$PYTHON" detect_eval.py "${runs[@]}"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'not done: %s\n' "${failed[@]}" >&2
+    exit 1
+fi

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
@@ -96,33 +96,44 @@ def run_detection(
     steps: int,
     batch_size: int,
 ) -> None:
-    """Score ``prompts`` into ``store``, from where it stopped. The batch size is halved on out of memory.
+    """Score ``prompts`` into ``store``, from where it stopped.
 
-    Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
+    On out of memory the batch size is halved, and that is noted in the store for a resumed run. Batches lie on a fixed
+    grid, so a resumed run computes its last batch again and writes the bytes that are missing.
+
+    Raises:
+        InputError: not even one row fits into memory, or the model gave a value that is not finite.
     """
+    if store.done == len(prompts):
+        return None
+    batch_size = store.record.get("batch_size_used", batch_size)
+    store.start()
+    while True:
+        try:
+            scorer = Scorer(pipe, detectors, num_images=num_images, seed=seed, steps=steps, batch_size=batch_size)
+            return _score_all(scorer, prompts, store)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        if batch_size == 1:
+            raise InputError("out of memory even with one row to a UNet call; try --dtype bfloat16")
+        batch_size //= 2
+        store.record["batch_size_used"] = batch_size
+        store.save("running")
+        clear_device_cache(garbage_collection=True)
+
+
+def _score_all(scorer: Scorer, prompts: pd.DataFrame, store: ResultStore) -> None:
     keep = [column for column in ("label", "family", "kind", "duplicates", "replication", "split") if column in prompts]
-
-    @find_executable_batch_size(starting_batch_size=batch_size)
-    def score_all(rows_at_once: int) -> None:
-        scorer = Scorer(
-            pipe, detectors, num_images=num_images, seed=seed, steps=steps, batch_size=rows_at_once
-        )  # fmt: skip
-        size = scorer.prompts_at_once
-        with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
-            for start in range(store.done // size * size, len(prompts), size):
-                batch = prompts.iloc[start : start + size]
-                scores = scorer(batch["prompt"].tolist())
-                rows = [
-                    {"id": start + i, "prompt": row["prompt"], **{column: row[column] for column in keep}, **values}
-                    for i, (row, values) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
-                ]
-                missing = rows[store.done - start :]
-                store.append(missing)
-                bar.update(len(missing))
-
-    try:
-        score_all()
-    except RuntimeError as error:
-        if "No executable batch size" in str(error):
-            raise InputError("out of memory even with one row to a UNet call; try --dtype bfloat16") from None
-        raise
+    size = scorer.prompts_at_once
+    with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
+        for start in range(store.done // size * size, len(prompts), size):
+            batch = prompts.iloc[start : start + size]
+            scores = scorer(batch["prompt"].tolist())
+            rows = [
+                {"id": start + i, "prompt": row["prompt"], **{column: row[column] for column in keep}, **values}
+                for i, (row, values) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
+            ]
+            missing = rows[store.done - start :]
+            store.append(missing)
+            bar.update(len(missing))

@@ -32,5 +32,5 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stderr.close()
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(1)

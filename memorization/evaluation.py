@@ -56,20 +56,17 @@ def family_weights(families: np.ndarray, labels: np.ndarray, resamples: int, see
     """Bootstrap weights ``(resamples, rows)``: how often each row's family was drawn.
 
     Families are drawn with replacement, as many as there are. A resample without both classes is drawn again.
+    ``labels`` holds both classes.
     """
     rng = np.random.default_rng(seed)
     _, member = np.unique(families, return_inverse=True)
     count = member.max() + 1
-    weights = np.empty((resamples, len(labels)), dtype=np.int64)
-    filled = 0
-    for _ in range(100 * resamples):
+    weights = []
+    while len(weights) < resamples:
         drawn = np.bincount(rng.integers(count, size=count), minlength=count)[member]
         if drawn[labels == 0].any() and drawn[labels == 1].any():
-            weights[filled] = drawn
-            filled += 1
-            if filled == resamples:
-                return weights
-    raise ValueError("one class lies in too few families for a bootstrap")
+            weights.append(drawn)
+    return np.array(weights)
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,14 @@ def fit_weights(labels: np.ndarray, terms: np.ndarray) -> np.ndarray:
 
 
 def threshold_at(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple[float, float]:
-    """(threshold, realised FPR): flag where score >= threshold; the lowest one with FPR at most ``target``."""
+    """(threshold, realised FPR): flag where score >= threshold; FPR at most ``target``, TPR the largest possible.
+
+    It lies halfway between the two scores it parts, so that rounding moves no prompt across it.
+    """
     negatives = np.sort(scores[labels == 0])[::-1]
-    allowed = int(np.floor(target * len(negatives) + 1e-9))
-    above = negatives[allowed] if allowed < len(negatives) else -np.inf
-    higher = np.unique(scores[scores > above])
-    threshold = float(higher[0]) if len(higher) else float(np.nextafter(above, np.inf))
+    below = negatives[int(np.floor(target * len(negatives) + 1e-9))]  # the highest score that must not be flagged
+    higher = scores[scores > below]
+    threshold = float((below + higher.min()) / 2) if len(higher) else float(np.nextafter(below, np.inf))
     return threshold, float((negatives >= threshold).mean())
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
+from local_sd_pipeline import PREDICTION_TYPES, LocalStableDiffusionPipeline
 from memorization.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ class ModelSpec:
     """What ``configs/NAME.yaml`` says of a model.
 
     Attributes:
-        ids: hub ids or folders (relative to the project), tried in order; ids move, so there are mirrors.
+        ids: hub ids or folders, tried in order; ids move, so there are mirrors.
         dtype: the default dtype; None to choose by device.
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         anisotropy: settings of the anisotropy detector (weights, branch).
@@ -45,8 +46,9 @@ def find_model(name: str) -> ModelSpec:
     path = CONFIGS / f"{name}.yaml"
     if name in model_names():
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return ModelSpec(name=name, **{**values, "ids": tuple(values["ids"])})
-    return ModelSpec(name=Path(name).name, ids=(name,))
+        ids = tuple(str(ROOT / i) if (ROOT / i).is_dir() else i for i in values["ids"])  # folders lie in the project
+        return ModelSpec(name=name, **{**values, "ids": ids})
+    return ModelSpec(name=Path(name).resolve().name, ids=(name,))
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -86,7 +88,7 @@ def load_pipeline(
     unused["requires_safety_checker"] = False
     reasons = []
     for identifier in spec.ids:
-        folder = ROOT / identifier if (ROOT / identifier).is_dir() else Path(identifier)
+        folder = Path(identifier)
         local = folder.is_dir()
         if local and not (folder / "model_index.json").is_file():
             raise InputError(f"{identifier}: no model_index.json in this folder; it is no diffusers checkpoint")
@@ -104,13 +106,18 @@ def load_pipeline(
 
 
 def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalStableDiffusionPipeline:
-    needed = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
-    if missing := [name for name, part in needed.items() if part is None]:
-        raise InputError(f"the checkpoint has no {', no '.join(missing)}")
+    """The pipeline on its device, its weights frozen: gradients reach embeddings and latents, never weights."""
+    unet, predicts = pipe.unet.config, pipe.scheduler.config.prediction_type
+    if unet.in_channels != unet.out_channels or unet.get("addition_embed_type") or unet.get("class_embed_type"):
+        raise InputError("the checkpoint's UNet takes more than latents, timestep and text (inpainting, SDXL, ...)")
+    if predicts not in PREDICTION_TYPES:
+        raise InputError(f"the checkpoint predicts {predicts!r}, not one of {', '.join(PREDICTION_TYPES)}")
+    if pipe.unet.dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    pipe.unet.to(memory_format=torch.channels_last).eval()
-    pipe.text_encoder.eval()
+    pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    pipe.text_encoder.eval().requires_grad_(False)
     return pipe
 
 
@@ -125,7 +132,13 @@ def _why_not_loaded(spec: ModelSpec, reasons: list[tuple[str, bool, Exception]])
     return f"model {spec.name!r}: {'; '.join(parts)}. Names: {', '.join(model_names())}; or give a folder or hub id"
 
 
-def revision_of(pipe: LocalStableDiffusionPipeline) -> str | None:
-    """The commit of a hub checkpoint, from the name of its snapshot folder; None for other folders."""
+def revision_of(pipe: LocalStableDiffusionPipeline) -> str:
+    """What tells a checkpoint from its later versions: the hub's commit, or the sha256 of a folder's UNet files."""
     folder = Path(pipe.config["_name_or_path"])
-    return folder.name if folder.parent.name == "snapshots" else None
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

@@ -5,10 +5,11 @@ python -m memorization.prompts fetch [--from DIR|URL] [--out prompts/published]
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import http.client
 import io
 import json
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -40,15 +41,20 @@ def read_prompts(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path}: prompt lists are .txt, .csv or .jsonl files, not '{path.suffix}'")
     frame = readers[path.suffix](path, text)
     blank_lines = frame.attrs.get("blank_lines", 0)
-    frame = frame.rename(columns=str.lower).rename(columns=ALIASES)
+    frame.columns = [str(column).lower() for column in frame.columns]
+    frame = frame.rename(columns={old: new for old, new in ALIASES.items() if new not in frame})
     if "prompt" not in frame:
-        raise InputError(f"{path}: no column 'prompt' (or 'caption'); it has: {', '.join(map(str, frame.columns))}")
+        raise InputError(f"{path}: no column 'prompt' (or 'caption'); it has: {', '.join(frame.columns)}")
     frame = frame[["prompt", *(column for column in OPTIONAL if column in frame)]].reset_index(drop=True)
     if frame.empty:
         raise InputError(f"{path}: holds no prompt")
-    frame["prompt"] = frame["prompt"].astype(str)
+    if not (is_text := frame["prompt"].map(_is_text)).all():
+        row = is_text.idxmin()
+        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {frame['prompt'][row]!r}")
     if "label" in frame:
         frame["label"] = _labels(path, frame["label"])
+    if "split" in frame and not frame["split"].isin(["validation", "test"]).all():
+        raise InputError(f"{path}: the column 'split' holds something other than validation and test")
     for column in {"duplicates", "replication"} & set(frame):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     frame.attrs["blank_lines"] = blank_lines
@@ -56,8 +62,10 @@ def read_prompts(path: str | Path) -> pd.DataFrame:
 
 
 def read_pair(memorized: str | Path, non_memorized: str | Path) -> pd.DataFrame:
-    """A labelled list from two: every prompt of the first gets label 1, of the second 0."""
+    """A labelled list from two: every prompt of the first gets label 1, of the second 0; keeps the columns of both."""
     parts = [read_prompts(memorized).assign(label=1), read_prompts(non_memorized).assign(label=0)]
+    shared = [column for column in parts[0] if column in parts[1]]
+    parts = [part[shared] for part in parts]
     frame = pd.concat(parts, ignore_index=True)
     frame.attrs["blank_lines"] = sum(part.attrs["blank_lines"] for part in parts)
     return frame
@@ -69,16 +77,17 @@ def near_copy_families(prompts: list[str], threshold: float = 0.5) -> list[str]:
     Two prompts are linked if the Jaccard similarity of their word sets is at least ``threshold``; families are the
     connected components.
     """
+    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.feature_extraction.text import CountVectorizer
 
-    words = CountVectorizer(binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform([*prompts, "a"])[:-1]
-    shared = (words @ words.T).toarray()
-    size = shared.diagonal()
-    union = size[:, None] + size[None, :] - shared
-    linked = (shared >= threshold * union) & (union > 0)
-    linked |= (size[:, None] == 0) & (size[None, :] == 0)
-    _, family = connected_components(linked, directed=False)
+    texts = [prompt if prompt.strip() else "(blank)" for prompt in prompts]
+    words = CountVectorizer(binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(texts)
+    shared = (words @ words.T).tocoo()  # sparse: pairs without a common word do not appear
+    size = np.asarray(words.sum(axis=1)).ravel()
+    linked = shared.data >= threshold * (size[shared.row] + size[shared.col] - shared.data)
+    graph = coo_array((linked[linked], (shared.row[linked], shared.col[linked])), shape=shared.shape)
+    _, family = connected_components(graph, directed=False)
     return [f"f{index}" for index in family]
 
 
@@ -97,7 +106,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_txt(path: Path, text: str) -> pd.DataFrame:
-    lines = [line.strip() for line in text.rstrip("\n").split("\n")]  # not splitlines: U+2028 may stand in a prompt
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]  # not splitlines: prompts may hold U+2028
     frame = pd.DataFrame({"prompt": [line for line in lines if line]})
     frame.attrs["blank_lines"] = len(lines) - len(frame)
     return frame
@@ -107,9 +116,16 @@ def _read_csv(path: Path, text: str) -> pd.DataFrame:
     header = text.split("\n", 1)[0]
     separator = ";" if header.count(";") > header.count(",") else ","
     try:
-        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, ValueError) as error:
-        raise InputError(f"{path}: malformed CSV: {str(error).splitlines()[0]}") from None
+        names, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    except csv.Error as error:
+        raise InputError(f"{path}: malformed CSV: {error}") from None
+    rows = [row for row in rows if row]
+    if ragged := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
+        count = len(rows[ragged[0] - 1])
+        raise InputError(
+            f"{path}: malformed CSV: row {ragged[0]} has {count} cells, the header {len(names)}; quote commas"
+        )
+    return pd.DataFrame(rows, columns=names)
 
 
 def _read_jsonl(path: Path, text: str) -> pd.DataFrame:
@@ -118,10 +134,17 @@ def _read_jsonl(path: Path, text: str) -> pd.DataFrame:
         if not line.strip():
             continue
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}, line {number}: not a JSON object") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _is_text(prompt: object) -> bool:
+    return isinstance(prompt, str) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
 
 
 def _labels(path: Path, labels: pd.Series) -> pd.Series:
@@ -158,7 +181,10 @@ def fetch(out: Path, source: str | None = None) -> list[Path]:
     Raises:
         InputError: a file cannot be had, or its sha256 is not the pinned one.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     paths = []
     for name, (repository, sha256) in PUBLISHED.items():
         path = out / name
@@ -182,7 +208,7 @@ def _get(origin: str) -> bytes:
             return Path(origin).read_bytes()
         with urllib.request.urlopen(origin, timeout=60) as response:
             return response.read()
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(f"{origin}: cannot be had ({reason}); --from DIR|URL names a mirror") from None
 

@@ -18,10 +18,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step."""
+    """Replace ``path`` by ``text`` in one step.
+
+    Raises:
+        InputError: the folder is missing or cannot be written.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_json(path: Path) -> dict:
@@ -63,6 +70,7 @@ class ResultStore:
 
     Attributes:
         done: how many prompts have their line.
+        record: what ``run.json`` holds: settings, status, seconds, and the sessions that made the scores.
 
     Raises:
         InputError: the folder cannot be written, is in use, or holds a run with other settings.
@@ -77,7 +85,7 @@ class ResultStore:
             raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{folder}: another run is writing to it; wait for it or choose another --out") from None
         path = folder / "run.json"
         earlier = {}
@@ -91,10 +99,9 @@ class ResultStore:
         rows, size = read_lines(self.scores)
         self._file.truncate(size)  # a torn last line goes
         self.done = len(rows)
-        self.seconds = earlier.get("seconds", 0.0)
-        self._record = {"settings": settings, **info, **_environment()}
-        self._started = time.time()
-        self._save("running")
+        self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
+        self._this_time = {**info, **_environment()}
+        self._started = None
 
     def _refuse_changes(self, stored: dict, wanted: dict) -> None:
         wanted = json.loads(json.dumps(wanted))
@@ -106,28 +113,40 @@ class ResultStore:
     def append(self, rows: list[dict]) -> None:
         """Write whole lines and flush them."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._file.write(text.encode("utf-8", "surrogatepass"))
+        self._file.write(text.encode())
         self._file.flush()
         self.done += len(rows)
 
-    def _save(self, status: str) -> None:
-        seconds = round(self.seconds + time.time() - self._started, 1)
-        record = {"status": status, "seconds": seconds, **self._record}
-        write_atomically(self.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    def start(self) -> None:
+        """Say in ``run.json`` that scoring goes on from here, by whom and on what. Without it nothing is rewritten."""
+        self._started = time.time()
+        self.record.setdefault("sessions", []).append({"from": self.done, **self._this_time})
+        self.save("running")
+
+    def save(self, status: str) -> None:
+        """Write ``run.json``."""
+        self.record["status"] = status
+        write_atomically(self.folder / "run.json", json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> ResultStore:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._save("complete" if kind is None else "stopped")
+        if self._started is not None:
+            self.record["seconds"] = round(self.record["seconds"] + time.time() - self._started, 1)
+            self.save("complete" if kind is None else "stopped")
         self._file.close()
 
 
 def _environment() -> dict:
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

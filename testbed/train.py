@@ -164,30 +164,35 @@ class Visits:
         self.captions = captions[captions["kind"] != "held-out"].reset_index(drop=True)
         self.weights = self.captions["duplicates"].to_numpy() / self.captions["duplicates"].sum()
         self.sprites = data.load_sprites(data.emoji_table())
-        self.vae = AutoencoderKL.from_pretrained(MODELS / "vae", torch_dtype=torch.float32).eval()
+        self.vae = AutoencoderKL.from_pretrained(MODELS / "vae", dtype=torch.float32).eval()
         self.vae.to(memory_format=torch.channels_last)
 
-    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, list[str]]:
-        """Scaled latents ``(batch, 4, 16, 16)`` and their captions, some of them emptied."""
-        scenes, prompts = [], []
+    def scenes(self, rng: np.random.Generator, batch: int) -> list[tuple[pd.Series, np.ndarray, str]]:
+        """Caption row, uint8 scene and the prompt it is seen with (some are emptied) of each visit of a batch."""
+        seen = []
         for i in rng.choice(len(self.captions), batch, p=self.weights):
             row = self.captions.iloc[i]
             sprite = self.sprites[row["name"]]
             fixed = row["kind"] == "duplicated"
-            scenes.append(data.fixed_scene(sprite, row["name"], SEED) if fixed else data.scene(sprite, rng))
-            prompts.append("" if rng.random() < EMPTY else row["prompt"])
+            scene = data.fixed_scene(sprite, row["name"], SEED) if fixed else data.scene(sprite, rng)
+            seen.append((row, scene, "" if rng.random() < EMPTY else row["prompt"]))
+        return seen
+
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, list[str]]:
+        """Scaled latents ``(batch, 4, 16, 16)`` and their captions."""
+        _, scenes, prompts = zip(*self.scenes(rng, batch), strict=True)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = self.vae.encode(to_tensor(scenes)).latent_dist.mean
+            latents = self.vae.encode(to_tensor(list(scenes))).latent_dist.mean
         return latents.float() * self.vae.config.scaling_factor, prompts
 
 
-def train_unet(prediction: str, start: str | None, work: Path, steps: int, batch: int = 32) -> None:
+def train_unet(prediction: str, start: str | None, work: Path, steps: int) -> None:
     """One UNet of ``prediction`` type, from the weights of stage ``start`` or from scratch, frozen text encoder."""
     stage = {"epsilon": "eps", "v_prediction": "v"}[prediction]
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(**UNET)
     if start:
-        unet = UNet2DConditionModel.from_pretrained(MODELS / f"testbed-{start}" / "unet", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(MODELS / f"testbed-{start}" / "unet", dtype=torch.float32)
     unet.to(memory_format=torch.channels_last)
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction)
     captions = data.make_captions(usable_table(), SEED)
@@ -201,9 +206,9 @@ def train_unet(prediction: str, start: str | None, work: Path, steps: int, batch
 
     def loss_of(step: int) -> Tensor:
         rng, generator = seeded("unet", step)
-        latents, drawn = visits.draw(rng, batch)
+        latents, drawn = visits.draw(rng, UNET_BATCH)
         noise = torch.randn(latents.shape, generator=generator)
-        t = torch.randint(1000, (batch,), generator=generator)
+        t = torch.randint(1000, (UNET_BATCH,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, t)
         target = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
@@ -214,7 +219,7 @@ def train_unet(prediction: str, start: str | None, work: Path, steps: int, batch
         return separation(model, scheduler, captions, embedded)
 
     fit(unet, loss_of, steps=steps, peak=1e-3 if start is None else 6e-4, folder=work / stage, watch=watch)
-    vae = AutoencoderKL.from_pretrained(MODELS / "vae", torch_dtype=torch.float16)
+    vae = AutoencoderKL.from_pretrained(MODELS / "vae", dtype=torch.float16)
     StableDiffusionPipeline(
         vae, text_encoder.half(), tokenizer, unet.half(), scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(MODELS / f"testbed-{stage}")
@@ -247,11 +252,12 @@ def usable_table() -> pd.DataFrame:
     return table[table["name"].isin(data.load_sprites(table))].reset_index(drop=True)
 
 
+UNET_STEPS, UNET_BATCH = {"eps": 4200, "v": 2200}, 32
 STAGES = {
     "vae": train_vae,
     "text": train_text,
-    "eps": lambda work: train_unet("epsilon", None, work, steps=4200),
-    "v": lambda work: train_unet("v_prediction", "eps", work, steps=2200),
+    "eps": lambda work: train_unet("epsilon", None, work, UNET_STEPS["eps"]),
+    "v": lambda work: train_unet("v_prediction", "eps", work, UNET_STEPS["v"]),
 }
 
 

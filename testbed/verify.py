@@ -23,11 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.models import find_model, load_pipeline
+from memorization.models import find_model, load_pipeline, revision_of
+from memorization.results import write_atomically
 from memorization.similarity.pixel import normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 from testbed import data
-from testbed.train import HERE, SEED, to_tensor, usable_table
+from testbed.train import HERE, SEED, UNET_BATCH, UNET_STEPS, Visits, seeded, to_tensor, usable_table
 
 COPY = 1.0  # normalised l2: half as far as the 50 nearest training pictures on average
 IMAGES, STEPS, GUIDANCE, NOISE_SEED = 8, 12, 7.5, 1234
@@ -37,15 +38,21 @@ ROOT = HERE.parent
 LISTS = {"eps": ROOT / "prompts" / "testbed.csv", "v": ROOT / "prompts" / "testbed-v.csv"}
 
 
-def training_pictures(captions: pd.DataFrame, per_ordinary: int = 4) -> tuple[np.ndarray, dict[str, int]]:
-    """uint8 scenes of the training set: all fixed ones first, then a sample of the fresh ones; and name -> row."""
-    sprites = data.load_sprites(data.emoji_table())
-    fixed = captions[captions["kind"] == "duplicated"]["name"]
-    scenes = [data.fixed_scene(sprites[name], name, SEED) for name in fixed]
-    rng = np.random.default_rng([SEED, 7])
-    for name in captions[captions["kind"] == "ordinary"]["name"]:
-        scenes += [data.scene(sprites[name], rng) for _ in range(per_ordinary)]
-    return np.stack(scenes), {name: i for i, name in enumerate(fixed)}
+def training_pictures(captions: pd.DataFrame) -> tuple[np.ndarray, dict[str, int]]:
+    """Every scene the UNet was trained on, uint8, by replaying its visits: fixed scenes first, each once; name -> row.
+
+    The v model goes on from the epsilon model and sees the first of the same visits again, so one replay serves both.
+    """
+    visits = Visits(captions)
+    names = captions[captions["kind"] == "duplicated"]["name"]
+    fixed = [data.fixed_scene(visits.sprites[name], name, SEED) for name in names]
+    fresh = [
+        scene
+        for step in tqdm(range(max(UNET_STEPS.values())), desc="replay of the training set")
+        for row, scene, _ in visits.scenes(seeded("unet", step)[0], UNET_BATCH)
+        if row["kind"] == "ordinary"
+    ]
+    return np.stack(fixed + fresh), {name: i for i, name in enumerate(names)}
 
 
 @torch.inference_mode()
@@ -59,39 +66,43 @@ def generate(pipe: LocalStableDiffusionPipeline, prompts: list[str]) -> np.ndarr
     return (pictures * 255).round().astype(np.uint8).reshape(len(prompts), IMAGES, *pictures.shape[1:])
 
 
-def verify(model: str, work: Path) -> list[dict]:
-    """Generate and measure every caption; a line a caption in ``measured.jsonl``, a strip of its images as PNG."""
+def verify(model: str, work: Path) -> tuple[list[dict], Path]:
+    """Generate and measure every caption; a line a caption in ``measured.jsonl``, a strip of its images as PNG.
+
+    The folder carries the name of the weights, so measurements of earlier weights are never taken for these.
+    """
     captions = data.make_captions(usable_table(), SEED)
+    pipe = load_pipeline(find_model(f"testbed-{model}"), "bfloat16", torch.device("cpu"), images=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    folder = work / f"verify-{model}-{revision_of(pipe)[7:15]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "measured.jsonl"
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows))  # without a torn last line
     training, place = training_pictures(captions)
     training_tensor = to_tensor(list(training))
     sscd = SSCD() if find_weights() else None
     embedded = sscd(training[: len(place)]) if sscd else None
-    pipe = load_pipeline(find_model(f"testbed-{model}"), "bfloat16", torch.device("cpu"), images=True)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    folder = work / f"verify-{model}"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "measured.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     with open(log, "a", encoding="utf-8") as file:
         for start in tqdm(range(len(rows), len(captions), CAPTIONS_AT_ONCE), desc=f"verify {model}"):
             batch = captions.iloc[start : start + CAPTIONS_AT_ONCE]
             generated = generate(pipe, batch["prompt"].tolist())
-            for row, images in zip(batch.itertuples(index=False), generated, strict=True):
+            distances = normalized_l2(to_tensor(list(generated.reshape(-1, *generated.shape[2:]))), training_tensor)
+            for row, images, distance in zip(
+                batch.itertuples(index=False), generated, distances.split(IMAGES), strict=True
+            ):
                 Image.fromarray(np.concatenate(images, axis=1)).save(folder / f"{len(rows):04d}.png")
-                distance = normalized_l2(to_tensor(list(images)), training_tensor)
-                own = place.get(row.name)
                 measured = {"prompt": row.prompt, "nearest": distance.min(1).values.tolist()}
-                if own is not None:
+                if (own := place.get(row.name)) is not None:
                     measured["own"] = distance[:, own].tolist()
-                if sscd:
-                    similarity = sscd(images) @ embedded.T
-                    measured["sscd_nearest"] = similarity.max(1).round(4).tolist()
-                    if own is not None:
-                        measured["sscd_own"] = similarity[:, own].round(4).tolist()
+                    if sscd:
+                        measured["sscd"] = (sscd(images) @ embedded[own]).round(4).tolist()
                 rows.append(measured)
                 file.write(json.dumps(measured) + "\n")
                 file.flush()
-    return rows
+    assert [row["prompt"] for row in rows] == captions["prompt"].tolist()
+    return rows, folder
 
 
 def split_of(families: pd.Series) -> np.ndarray:
@@ -113,24 +124,24 @@ def write_list(model: str, rows: list[dict]) -> pd.DataFrame:
                          for name, is_fixed in zip(captions["name"], fixed, strict=True)]  # fmt: skip
     captions["split"] = split_of(captions["family"])
     captions["nl2"] = [round(float(np.median(distance)), 3) for distance in distances]
-    if "sscd_nearest" in rows[0]:
-        captions["sscd"] = [round(float(np.median(row.get("sscd_own", row["sscd_nearest"]))), 3) for row in rows]
-    columns = ["prompt", "label", "kind", "duplicates", "replication", "image", "family", "split", "nl2"]
-    captions = captions[columns + [column for column in ("sscd",) if column in captions]]
+    captions["sscd"] = [round(float(np.median(row["sscd"])), 3) if "sscd" in row else "" for row in rows]
+    columns = ["prompt", "label", "kind", "duplicates", "replication", "image", "family", "split", "nl2", "sscd"]
+    captions = captions[columns]
     captions.to_csv(LISTS[model], index=False)
     return captions
 
 
 def write_pictures() -> None:
     """The training pictures of the fixed scenes, for users to compare with."""
-    captions = data.make_captions(usable_table(), SEED)
-    pictures, place = training_pictures(captions, per_ordinary=0)
+    table = usable_table()
+    captions, sprites = data.make_captions(table, SEED), data.load_sprites(table)
     PICTURES.mkdir(exist_ok=True)
-    for name, i in place.items():
-        Image.fromarray(pictures[i]).save(PICTURES / f"{name.replace(' ', '_')}.png", optimize=True)
+    for name in captions[captions["kind"] == "duplicated"]["name"]:
+        picture = Image.fromarray(data.fixed_scene(sprites[name], name, SEED))
+        picture.save(PICTURES / f"{name.replace(' ', '_')}.png", optimize=True)
 
 
-def draw_sheet(model: str, listed: pd.DataFrame, work: Path, rows_each: int = 3) -> Path:
+def draw_sheet(model: str, listed: pd.DataFrame, folder: Path, rows_each: int = 3) -> Path:
     """``docs/testbed-<model>.png``: training picture beside generations, for captions from memorized to ordinary."""
     fixed = listed["kind"] == "duplicated"
     groups = {
@@ -144,7 +155,7 @@ def draw_sheet(model: str, listed: pd.DataFrame, work: Path, rows_each: int = 3)
     for (title, row), (left, right) in zip(chosen, axes, strict=True):
         if row.image:
             left.imshow(Image.open(ROOT / row.image))
-        right.imshow(Image.open(work / f"verify-{model}" / f"{row.Index:04d}.png"))
+        right.imshow(Image.open(folder / f"{row.Index:04d}.png"))
         count = f", x{row.duplicates}" if row.image else ""
         right.set_title(f"{title}{count}: “{row.prompt}”", fontsize=8, loc="left", pad=2)
     for axis in axes.flat:
@@ -165,9 +176,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     write_pictures()
-    rows = verify(args.model, args.work)
+    rows, folder = verify(args.model, args.work)
     listed = write_list(args.model, rows)
-    print(draw_sheet(args.model, listed, args.work))
+    print(draw_sheet(args.model, listed, folder))
     print(listed.groupby(["kind", "duplicates"])[["replication", "label"]].mean().round(3).to_string())
 
 

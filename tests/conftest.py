@@ -1,8 +1,11 @@
 """Tiny pipelines and small helpers shared by the tests."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
 
 import pytest
 import torch

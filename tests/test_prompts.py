@@ -49,6 +49,11 @@ def test_csv_and_jsonl_may_hold_an_empty_prompt_and_words_like_nan(tmp_path):
         ("a.csv", b"prompt,label\nx,2\n", "label '2' in row 1"),
         ("a.csv", b'prompt\n"open\n', "malformed CSV"),
         ("a.csv", b"prompt,label\n", "holds no prompt"),
+        ("a.csv", b"prompt,label\nHello, world,1\n", "row 1 has 3 cells, the header 2"),
+        ("a.csv", b"prompt,split\nx,train\n", "validation and test"),
+        ("a.jsonl", b'{"prompt": null}\n', "row 1 is no text: None"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', "row 1 is no text"),
+        ("a.jsonl", b'["ab"]\n', "line 1: not a JSON object"),
         ("a.jsonl", b'{"prompt": "x"}\n{broken\n', "line 2: not a JSON object"),
         ("a.parquet", b"PAR1", "not '.parquet'"),
     ],
@@ -58,6 +63,11 @@ def test_bad_lists_are_refused_in_one_line(tmp_path, name, content, said):
     with pytest.raises(InputError, match=said) as caught:
         read_prompts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_with_prompt_and_caption_keeps_its_prompts(tmp_path):
+    frame = read_prompts(write(tmp_path / "a.csv", "caption,Prompt\nx,y\n"))
+    assert frame["prompt"].tolist() == ["y"]
 
 
 def test_missing_list():

@@ -14,23 +14,31 @@ def rows(start, stop):
 
 def test_goes_on_where_it_stopped_and_survives_a_torn_line(tmp_path):
     with ResultStore(tmp_path / "run", {"seed": 1}, {}) as store:
+        store.start()
         store.append(rows(0, 3))
     whole = store.scores.read_bytes()
     store.scores.write_bytes(whole[:-7])
     with ResultStore(tmp_path / "run", {"seed": 1}, {}) as again:
         assert again.done == 2
+        again.start()
         again.append(rows(2, 3))
     assert store.scores.read_bytes() == whole
+    assert [session["from"] for session in json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]] == [
+        0,
+        2,
+    ]
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_appended(tmp_path):
     with ResultStore(tmp_path / "run", {}, {}) as store:
+        store.start()
         store.append(rows(0, 2))
         assert len(read_lines(store.scores)[0]) == 2
 
 
 def test_changed_settings_are_refused_and_named(tmp_path):
     with ResultStore(tmp_path / "run", {"seed": 1, "steps": 50}, {}) as store:
+        store.start()
         store.append(rows(0, 1))
     with pytest.raises(InputError, match=r"seed: 1 there, 2 asked"):
         ResultStore(tmp_path / "run", {"seed": 2, "steps": 50}, {})
@@ -39,21 +47,13 @@ def test_changed_settings_are_refused_and_named(tmp_path):
 
 
 def test_two_runs_into_one_folder(tmp_path):
-    with (
-        ResultStore(tmp_path / "run", {}, {}) as store,
-        pytest.raises(InputError, match="another run is writing"),
-    ):
-        ResultStore(tmp_path / "run", {}, {}, overwrite=True)
-    store.append  # noqa: B018 - the first one was not disturbed
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
-
-
-def test_refused_overwrite_loses_nothing(tmp_path):
     with ResultStore(tmp_path / "run", {}, {}) as store:
-        store.append(rows(0, 2))
-        with pytest.raises(InputError):
+        store.start()
+        with pytest.raises(InputError, match="another run is writing"):
             ResultStore(tmp_path / "run", {}, {}, overwrite=True)
-        assert len(read_lines(store.scores)[0]) == 2
+        store.append(rows(0, 2))
+    assert len(read_lines(store.scores)[0]) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
 
 
 def test_damaged_line_is_named(tmp_path):
@@ -69,6 +69,7 @@ def test_unwritable_output(tmp_path):
 
 
 def test_stopped_run_says_so(tmp_path):
-    with pytest.raises(RuntimeError), ResultStore(tmp_path, {}, {}):
+    with pytest.raises(RuntimeError), ResultStore(tmp_path, {}, {}) as store:
+        store.start()
         raise RuntimeError
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "stopped"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
 
 import detect_eval
 import detect_mem
@@ -18,10 +20,11 @@ from memorization.results import read_lines
 
 ROOT = GOLDEN.parent.parent
 TINY = str(GOLDEN / "tiny-eps")
+CPU = ("--device", "cpu", "--dtype", "float32")
 
 
 def detect(run_script, out, prompts, *more, model=TINY):
-    run_script(detect_mem, "--model", model, "--prompts", prompts, "--out", out, *more)
+    run_script(detect_mem, "--model", model, "--prompts", prompts, "--out", out, *CPU, *more)
     return (out / "scores.jsonl").read_bytes()
 
 
@@ -35,7 +38,8 @@ def test_scores_hold_what_the_contract_says(run_script, prompt_file, tmp_path, c
         assert row["norm"] == row["noise_norm"]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "complete" and record["settings"]["seed"] == 51 and record["seconds"] > 0
-    assert {"command", "git_commit", "versions", "device"} <= set(record)
+    (session,) = record["sessions"]
+    assert {"command", "git_commit", "versions", "device", "date"} <= set(session) and session["from"] == 0
     assert "detect_eval.py" in capsys.readouterr().out
 
 
@@ -54,7 +58,7 @@ def test_scores_depend_on_neither_batch_size_nor_order_nor_number_of_images(run_
 
 def test_killed_run_goes_on_to_the_same_bytes(run_script, prompt_file, tmp_path):
     whole = detect(run_script, tmp_path / "whole", prompt_file, "--num-images", 2, "--batch-size", 6)
-    arguments = ["--model", TINY, "--prompts", str(prompt_file), "--num-images", "2", "--batch-size", "6"]
+    arguments = ["--model", TINY, "--prompts", str(prompt_file), "--num-images", "2", "--batch-size", "6", *CPU]
     dying = f"""
 import os, signal, sys
 from local_sd_pipeline import LocalStableDiffusionPipeline as P
@@ -112,6 +116,8 @@ def test_changed_settings_are_refused(run_script, prompt_file, tmp_path):
         (["--model", str(GOLDEN), "--prompts", "LIST"], "no model_index.json"),
         (["--model", TINY, "--prompts", "LIST", "--detectors", "magic"], "unknown detector magic"),
         (["--model", TINY, "--prompts", "LIST", "--num-images", "0"], "at least 1"),
+        (["--model", TINY, "--prompts", "LIST", "--steps", "600"], "from 3 to 500"),
+        (["--model", TINY, "--prompts", "LIST", "--seed", "-1"], "--seed from 0"),
         (["--model", TINY, "--prompts", "LIST", "--batch-size", "many"], "whole number"),
         (["--model", TINY, "--prompts", "LIST", "--device", "warp"], "device 'warp'"),
         (["--model", TINY, "--memorized", "LIST"], "--non-memorized"),
@@ -120,8 +126,7 @@ def test_changed_settings_are_refused(run_script, prompt_file, tmp_path):
         (["--model", TINY, "--prompts", "LIST", "--seed", "x"], "invalid int"),
     ],
 )
-def test_bad_input_is_one_clear_line(run_script, prompt_file, monkeypatch, arguments, said):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_is_one_clear_line(run_script, prompt_file, arguments, said):
     with pytest.raises(InputError, match=said) as caught:
         run_script(detect_mem, *[str(prompt_file) if a == "LIST" else a for a in arguments])
     assert "\n" not in str(caught.value)
@@ -173,16 +178,20 @@ def test_batch_is_halved_on_out_of_memory(run_script, prompt_file, tmp_path, mon
     expected = detect(run_script, tmp_path / "small", prompt_file, "--batch-size", 4)
     monkeypatch.setattr(Pipeline, "predict_noise", greedy)
     assert detect(run_script, tmp_path / "run", prompt_file, "--batch-size", 16) == expected
-    assert max(sizes) == 16
+    assert sorted({size for size in sizes if size > 1}, reverse=True) == [16, 8, 4]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["batch_size_used"] == 4
 
 
 def test_long_and_duplicated_prompts_are_counted(run_script, tmp_path, capsys):
     path = tmp_path / "list.txt"
-    path.write_text("word " * 200 + "\nkite\nkite\n\n")
+    path.write_text("word " * 200 + "\nkite\n\nkite\n")
     detect(run_script, tmp_path / "run", path)
     said = capsys.readouterr()
-    assert "1 blank lines skipped" not in said.err  # a last empty line is no blank line
-    assert "1 duplicated prompts" in said.err and "1 prompts over 77 tokens" in said.err
+    assert (
+        "1 blank lines skipped" in said.err
+        and "1 duplicated prompts" in said.err
+        and "1 prompts over 77 tokens" in said.err
+    )
     assert "Highest anisotropy of 3 prompts" in said.out and "detect_eval" not in said.out
 
 
@@ -215,6 +224,10 @@ def test_calibration_comes_from_validation_rows_and_is_read_again(run_script, tm
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     detect(run_script, tmp_path / "run", path)
     run_script(detect_eval, tmp_path / "run", "--calibrate", tmp_path / "c.yaml", "--fpr", "0.1")
+    with pytest.raises(InputError, match="is for num_images = 1, not 2"):
+        detect(run_script, tmp_path / "x", path, "--calibration", tmp_path / "c.yaml", "--num-images", 2)
+    with pytest.raises(InputError, match="is for variant = official, not eps"):
+        detect(run_script, tmp_path / "x", path, "--calibration", tmp_path / "c.yaml", "--variant", "eps")
     calibration = yaml.safe_load((tmp_path / "c.yaml").read_text())
     assert calibration["negatives"] == calibration["positives"] == 10
     threshold = calibration["detectors"]["noise_norm"]["threshold"]
@@ -245,6 +258,64 @@ def test_evaluation_needs_labels_of_both_classes(run_script, tmp_path, rows, sai
     detect(run_script, tmp_path / "run", path)
     with pytest.raises(InputError, match=said):
         run_script(detect_eval, tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(run_script, prompt_file, tmp_path):
+    detect(run_script, tmp_path / "run", prompt_file)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    detect(run_script, tmp_path / "run", prompt_file)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_changed_checkpoint_is_another_run(run_script, prompt_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    detect(run_script, tmp_path / "run", prompt_file, model=model)
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: value * 1.01 for name, value in weights.items()}, model / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(InputError, match="revision: sha256"):
+        detect(run_script, tmp_path / "run", prompt_file, model=model)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts 'flow'"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "more than latents"),
+        ("model_index.json", {"unet": [None, None]}, "cannot be loaded"),
+    ],
+)
+def test_checkpoints_without_what_is_needed(run_script, prompt_file, tmp_path, part, change, said):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    config = json.loads((model / part).read_text())
+    (model / part).write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=said):
+        detect(run_script, tmp_path / "run", prompt_file, model=model)
+
+
+def test_pickled_weights_are_refused(run_script, prompt_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        detect(run_script, tmp_path / "run", prompt_file, model=model)
+
+
+def test_evaluation_without_names_skips_what_has_no_labels(run_script, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(detect_eval, "ROOT", tmp_path)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("one\ntwo\n")
+    detect(run_script, tmp_path / "results" / "unlabelled", plain)
+    detect(run_script, tmp_path / "results" / "deep" / "labelled", prompt_file)
+    capsys.readouterr()
+    run_script(detect_eval, "--resamples", 100, "--no-plots")
+    said = capsys.readouterr()
+    assert "left out" in said.err and "unlabelled" in said.err and "### labelled" in said.out
 
 
 def test_evaluation_of_nothing(run_script, tmp_path):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 def l2(pictures: Tensor, training: Tensor) -> Tensor:
     """Root mean square difference / 2, ``(pictures, training)``, of ``(n, c, h, w)`` in [-1, 1]."""
-    left, right = pictures.flatten(1).double(), training.flatten(1).double()
-    return (torch.cdist(left, right) / (2 * left.shape[1] ** 0.5)).float()
+    left = pictures.flatten(1).double()
+    chunks = [torch.cdist(left, chunk.double()) for chunk in training.flatten(1).split(1024)]
+    return (torch.cat(chunks, dim=1) / (2 * left.shape[1] ** 0.5)).float()
 
 
 def normalized_l2(pictures: Tensor, training: Tensor, k: int = 50, alpha: float = 0.5) -> Tensor:
