@@ -93,14 +93,20 @@ def evaluate(run: Run, resamples: int) -> dict:
              for key, value in metrics.values.items()}, "realised_fpr": metrics.realised_fpr}
             for (name, n), metrics in measured.items()
         ],
-        "paired": [
-            {"detector": name, "against": REFERENCE, "images": n, "metric": key,
-             **paired_difference(metrics, measured[REFERENCE, n], key)}
-            for (name, n), metrics in measured.items()
-            if (REFERENCE, n) in measured and name != REFERENCE
-            for key in ("auc", "tpr@1%")
-        ],
+        "paired": _paired(measured),
     }  # fmt: skip
+
+
+def _paired(measured: dict[tuple[str, int | None], Metrics]) -> list[dict]:
+    """Every detector against the reference at the same number of images; scores that rank alike are left out."""
+    rows = []
+    for (name, images), metrics in measured.items():
+        reference = measured.get((REFERENCE, images))
+        for key in ("auc", "tpr@1%"):
+            if reference and (metrics.resampled[key] != reference.resampled[key]).any():
+                difference = paired_difference(metrics, reference, key)
+                rows.append({"detector": name, "against": REFERENCE, "images": images, "metric": key, **difference})
+    return rows
 
 
 def _text_scores(run: Run) -> dict[str, np.ndarray]:

@@ -28,9 +28,10 @@ def draw_roc(labels: np.ndarray, scores: dict[str, np.ndarray], path: Path, titl
     """ROC curves of several detectors, FPR on a log axis that starts at one false positive."""
     figure, axis = plt.subplots(figsize=(5.2, 4.2))
     floor = 1 / (labels == 0).sum()
-    for name, values in scores.items():
+    for i, (name, values) in enumerate(scores.items()):
         fpr, tpr = roc(labels, values)
-        axis.step(np.maximum(fpr, floor / 2), tpr, where="post", label=name)
+        style = ("-", "-", "-", "--")[i % 4]  # noise_norm often lies on norm
+        axis.step(np.maximum(fpr, floor / 2), tpr, style, where="post", label=name)
     for target in (0.01, 0.03):
         axis.axvline(target, color="grey", linewidth=0.7, linestyle=":")
     axis.set(xscale="log", xlim=(floor / 2, 1), ylim=(0, 1.02), xlabel="false positive rate (dotted: 1%, 3%)",
@@ -75,7 +76,7 @@ def draw_duplicates(rows: pd.DataFrame, score: np.ndarray, name: str, path: Path
     x += np.random.default_rng(0).uniform(-0.25, 0.25, len(x))
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     dots = axis.scatter(x, score, c=rows["replication"].astype(float), cmap="coolwarm", s=12, vmin=0, vmax=1)
-    axis.set_xticks(range(len(places)), [*others, *(f"x{n}" for n in levels)])
+    axis.set_xticks(range(len(places)), [*others, *(f"x{n}" for n in levels)], fontsize=8)
     axis.set(xlabel="kind, and duplication count of fixed scenes", ylabel=name, title=title)
     figure.colorbar(dots, label="replication rate")
     return _save(figure, path)
