@@ -76,7 +76,8 @@ def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
         if not chosen:
             raise InputError(f"model {spec.name!r} has no prompt list of its own: give --prompts FILE")
         if missing := [path for path in chosen.values() if not path.exists()]:
-            raise InputError(f"{missing[0]}: not there yet; download the lists: python -m memorization.prompts fetch")
+            made_by = "memorization.prompts fetch" if "published" in missing[0].parts else "testbed.verify"
+            raise InputError(f"{missing[0]}: not there yet; it comes from python -m {made_by}")
     if "prompts" in chosen:
         frame = read_prompts(chosen["prompts"])
     else:

@@ -34,6 +34,7 @@ def fit(
     folder: Path,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
     watch_every: int = 1000,
+    recipe: str = "",
 ) -> None:
     """Train ``model`` in place with AdamW; at the end it holds the moving average of its weights.
 
@@ -41,13 +42,14 @@ def fit(
         loss_of: the loss of a step, given its number. It draws its batch from a generator seeded by that number, so
             that a resumed run sees the batches an uninterrupted one would have seen.
         folder: holds ``state.safetensors`` (weights, average, optimiser) and ``log.csv``.
+        recipe: what else the weights depend on; a state made by another one is refused.
         watch: numbers to log of the averaged model every ``watch_every`` steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names, parameters = zip(*model.named_parameters(), strict=True)
     optimizer = torch.optim.AdamW(parameters, lr=peak, fused=True)
     average = [p.detach().clone() for p in parameters]
-    first = _load(folder, names, parameters, average, optimizer)
+    first = _load(folder, recipe, names, parameters, average, optimizer)
     model.train()
     started, smooth = time.time(), None
     for step in tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, mininterval=5):
@@ -64,7 +66,7 @@ def fit(
         if done % 50 == 0:
             _log(folder, {"step": done, "loss": round(smooth, 5), "seconds": round(time.time() - started, 1)})
         if done % SAVE_EVERY == 0 or done == steps:
-            _save(folder, done, names, parameters, average, optimizer)
+            _save(folder, recipe, done, names, parameters, average, optimizer)
         if watch and (done % watch_every == 0 or done == steps):
             trained = [p.detach().clone() for p in parameters]
             _assign(parameters, average)
@@ -85,7 +87,7 @@ def _log(folder: Path, row: dict) -> None:
         file.write(",".join(f"{key}={value}" for key, value in row.items()) + "\n")
 
 
-def _save(folder, step, names, parameters, average, optimizer) -> None:
+def _save(folder, recipe, step, names, parameters, average, optimizer) -> None:
     state = {}
     for name, parameter, mean in zip(names, parameters, average, strict=True):
         moments = optimizer.state[parameter]
@@ -96,15 +98,17 @@ def _save(folder, step, names, parameters, average, optimizer) -> None:
             f"second/{name}": moments["exp_avg_sq"],
         }
     state = {key: value.contiguous() for key, value in state.items()}
-    save_file(state, folder / "state.new", metadata={"step": str(step)})
+    save_file(state, folder / "state.new", metadata={"step": str(step), "recipe": recipe})
     (folder / "state.new").replace(folder / "state.safetensors")
 
 
-def _load(folder, names, parameters, average, optimizer) -> int:
+def _load(folder, recipe, names, parameters, average, optimizer) -> int:
     path = folder / "state.safetensors"
     if not path.exists():
         return 0
     with safe_open(path, "pt") as state, torch.no_grad():
+        if state.metadata()["recipe"] != recipe:
+            raise SystemExit(f"{folder} holds training by another recipe; move it away to train anew")
         step = int(state.metadata()["step"])
         for name, parameter, mean in zip(names, parameters, average, strict=True):
             parameter.copy_(state.get_tensor(f"weight/{name}"))

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
@@ -44,6 +45,23 @@ def test_fixed_scene_is_fixed_and_others_are_fresh():
 def test_learning_rate_rises_and_falls():
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert np.argmax(rates) in (39, 40) and max(rates) == 1.0 and rates[0] < 0.03 and rates[-1] < 0.02
+
+
+def test_training_by_another_recipe_is_not_gone_on_with(tmp_path):
+    def train(recipe):
+        model = torch.nn.Linear(1, 1)
+        fit(
+            model,
+            lambda step: model(torch.ones(1, 1)).square().mean(),
+            steps=200,
+            peak=0.01,
+            folder=tmp_path,
+            recipe=recipe,
+        )
+
+    train("one")
+    with pytest.raises(SystemExit, match="another recipe"):
+        train("two")
 
 
 def test_interrupted_training_goes_on_to_the_same_weights(tmp_path):
