@@ -50,7 +50,7 @@ VAE = dict(
 )  # fmt: skip
 
 
-def train_vae(work: Path, steps: int = 10500, batch: int = 8) -> None:
+def train_vae(work: Path, steps: int = 9800, batch: int = 8) -> None:
     """Fresh scenes of every emoji; L1 + .5 MSE + .5 L1 of the differences between neighbouring pixels + 1e-6 KL."""
     torch.manual_seed(SEED)
     vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
