@@ -268,6 +268,8 @@ def train_unet(prediction: str, start: str | None, work: Path, steps: int) -> No
         recipe=f"{prediction}, {steps} steps, on {digest(MODELS / 'vae')} and {digest(MODELS / 'clip')}",
     )
     vae = AutoencoderKL.from_pretrained(MODELS / "vae", dtype=torch.float16)
+    for part in (vae, unet):
+        part.register_to_config(_name_or_path="")  # else the saved configs hold paths of this machine
     StableDiffusionPipeline(
         vae, text_encoder.half(), tokenizer, unet.half(), scheduler, None, None, requires_safety_checker=False
     ).save_pretrained(MODELS / f"testbed-{stage}")
