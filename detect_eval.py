@@ -59,6 +59,8 @@ class Run:
         self.scored = self.without_split("validation")
         if set(self.scored["label"]) != {0, 1}:
             raise InputError(f"{folder}: the scored rows have one class only; both are needed")
+        if (families := self.scored["family"].nunique()) < 10:
+            print(f"{folder}: {families} families of near-copies only; the intervals mean little", file=sys.stderr)
         self.names = list(dict.fromkeys(term for d in self.settings["detectors"].values() for term in d["terms"]))
 
     def without_split(self, name: str) -> pd.DataFrame:

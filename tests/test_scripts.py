@@ -200,7 +200,8 @@ def test_evaluation_prints_the_table_and_writes_the_numbers(run_script, prompt_f
     detect(run_script, out, prompt_file, "--num-images", 2)
     capsys.readouterr()
     run_script(detect_eval, out, "--resamples", 200)
-    table = capsys.readouterr().out
+    table, warned = capsys.readouterr()
+    assert "2 families of near-copies only" in warned
     for name in ("anisotropy", "norm", "cosine", "noise_norm", "text: capitals", "text: naive Bayes"):
         assert f"| {name} " in table
     metrics = json.loads((out / "metrics.json").read_text())
