@@ -30,7 +30,7 @@ from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
 from memorization.detection import default_batch_size, run_detection  # noqa: E402
 from memorization.detectors import make_detectors  # noqa: E402
 from memorization.errors import ArgumentParser, run_script  # noqa: E402
-from memorization.models import DTYPES, find_model, load_pipeline, pick_device  # noqa: E402
+from memorization.models import DTYPES, find_model, load_pipeline, pick_device, pick_dtype  # noqa: E402
 from memorization.prompts import read_prompts  # noqa: E402
 from memorization.results import ResultStore  # noqa: E402
 
@@ -105,16 +105,17 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="testbed-eps", help="a model name, folder or hub id, or random-sd14 (default: %(default)s)")
     add("--prompts", type=int, default=128, metavar="N", help="how many (default: %(default)s)")
-    add("--dtype", choices=list(DTYPES), default="bfloat16", help="default: %(default)s, as the public code")
+    add("--dtype", choices=list(DTYPES), help="default: bfloat16, as the public code, where the hardware has it")
     add("--device", default="auto")
     add("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="tried for (c)")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     if args.model == "random-sd14":
-        pipe = random_sd14(DTYPES[args.dtype], device)
+        pipe = random_sd14(DTYPES[dtype], device)
     else:
-        pipe = load_pipeline(find_model(args.model), args.dtype, device)
+        pipe = load_pipeline(find_model(args.model), dtype, device)
     listed = read_prompts(ROOT / "prompts" / "testbed.csv")["prompt"].tolist()
     prompts = (listed * (args.prompts // len(listed) + 1))[: args.prompts]
     plain_loop(pipe, prompts[:1])  # warm up
@@ -124,7 +125,7 @@ def main() -> None:
     batch_size = default_batch_size(pipe)
     tool, plain = this_tool(pipe, prompts, batch_size), plain_loop(pipe, prompts)
     lowest = min(floors[best], floor(pipe, prompts, best))  # once more, after the others, against drift
-    print(f"{args.model}, {args.dtype}, {device}, {torch.get_num_threads()} threads, {len(prompts)} prompts, n = 1\n")
+    print(f"{args.model}, {dtype}, {device}, {torch.get_num_threads()} threads, {len(prompts)} prompts, n = 1\n")
     print("| | prompts/s | s/prompt | batch |\n|---|---|---|---|")
     for name, seconds, size in (
         ("(a) plain loop", plain, 2),

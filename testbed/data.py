@@ -23,8 +23,8 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SIZE = 64  # pixels of a scene
 SPRITE = 80  # pixels of a rendered emoji
 LEVELS = (4, 8, 12, 16, 24, 32, 64)  # duplication weights
-PER_LEVEL, ORDINARY, HELD_OUT = 30, 320, 200
-ORDINARY_WEIGHT = 5  # an ordinary caption is visited as often as a fixed scene of this weight
+PER_LEVEL, ORDINARY, HELD_OUT = 24, 240, 160
+ORDINARY_WEIGHT = 4  # an ordinary caption is visited as often as a fixed scene of this weight
 TEMPLATES = (
     "a picture of {}",
     "a drawing of {}",
