@@ -1,0 +1,1 @@
+"""Studies: ``python -m memorization.studies.<name>``, each a table and a picture."""
