@@ -32,6 +32,7 @@ from memorization.evaluation import (
     threshold_at,
 )
 from memorization.results import read_json, read_lines, write_atomically
+from memorization.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
@@ -137,15 +138,6 @@ def table(metrics: dict) -> pd.DataFrame:
                for t, key in ((1, "tpr@1%"), (3, "tpr@3%"))},
         })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a markdown table whose columns also line up in a terminal."""
-    cells = [list(map(str, frame.columns)), *(list(map(str, row)) for row in frame.itertuples(index=False))]
-    width = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
-    return "\n".join(lines)
 
 
 def print_tables(all_metrics: list[dict], style: str) -> None:

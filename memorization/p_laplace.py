@@ -12,7 +12,7 @@ By the divergence theorem its mean over the ball of radius R round x in d dimens
 At p = 1 that is d / R times the mean cosine between score and outward normal: -d / R on a sharp peak.
 
 Everything is computed in float32 whatever the score's dtype, and every estimate comes with its standard error.
-Deviation from the public code: the power p acts on |s| (there it acts on the cosine, so p = 2 returns the value of p = 1).
+Deviation from the public code: the power acts on |s|; there it acts on the cosine, so p = 2 returns the value of p = 1.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def random_directions(centres: Tensor, points: int, generator: torch.Generator) 
 
 
 def random_offsets(centres: Tensor, radius: float, points: int, generator: torch.Generator) -> Tensor:
-    """Independent points of the ball of ``radius`` round 0, uniform: ``(points, *shape)``, the same for every centre."""
-    lengths = radius * torch.rand(points, generator=generator) ** (1 / centres[0].numel())
-    return random_directions(centres, points, generator) * lengths.view(-1, *[1] * (centres.dim() - 1)).to(centres.device)
+    """Independent points, uniform in the ball of ``radius`` round 0, as above."""
+    lengths = radius * torch.rand(points, *[1] * (centres.dim() - 1), generator=generator) ** (1 / centres[0].numel())
+    return random_directions(centres, points, generator) * lengths.to(centres.device)
 
 
 def boundary(

@@ -1,9 +1,9 @@
 """The p-Laplace operator on a mixture of Gaussians: ``python -m memorization.studies.gaussian_mixture``.
 
-Brokman et al., SSVM 2025: three modes of covariance 0.1 I on an equilateral triangle of side 5, balls of radius 1. Memorized
-data are sharp peaks of the density; there the operator is strongly negative, between the modes it is not. The study
-estimates it at the peaks, the midpoints of the sides and the centre, for p = 1, 1.5, 2 and 3, from the exact score and
-from that of a small denoiser trained on samples, and compares with the closed form.
+Brokman et al., SSVM 2025: three modes of covariance 0.1 I on an equilateral triangle of side 5, balls of radius 1.
+Memorized data are sharp peaks of the density; there the operator is strongly negative, between the modes it is not. The
+study estimates it at the peaks, the midpoints of the sides and the centre, for p = 1, 1.5, 2, 3, from the exact score
+and from that of a small denoiser trained on samples, and compares with the closed form.
 """
 
 from __future__ import annotations

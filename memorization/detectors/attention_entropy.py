@@ -1,0 +1,57 @@
+"""Entropy of the cross-attention over the tokens.
+
+Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", ECCV
+2024. With a_i the attention on token i, mean over heads and pixels, and E = - sum of a_i log a_i:
+
+    attention_entropy  mean of E over the last T/5 steps, a averaged over layers, plus the mean there of |P - P_first|,
+                       P the part of the sum that comes from end-of-text and padding tokens, P_first at the first step
+    layer_entropy      E of one layer at the first step
+
+Memorized prompts spread their attention over trigger tokens, others rest on the start token: higher means memorized.
+
+Deviation: the layer is the fourth cross-attention layer where there are as many, else the last; the paper chose it on
+Stable Diffusion 1.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memorization.trajectory import Step
+
+
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """``attention_entropy`` in nats with its term ``layer_entropy``: values ``(rows,)``.
+
+    Args:
+        layer: cross-attention layer of ``layer_entropy``, from 0 in the order of the UNet's forward pass.
+    """
+
+    layer: int = 3
+
+    name: ClassVar[str] = "attention_entropy"
+    terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "layer_entropy")
+    attention: ClassVar[bool] = True
+
+    def reduce(self, step: Step) -> Tensor:
+        """E of all layers together, its part from padding, and E of the one layer: ``(rows, 3)``."""
+        tokens = step.attention.tokens
+        together, one = _surprise(tokens.mean(0)), _surprise(tokens[min(self.layer, len(tokens) - 1)])
+        padding = torch.arange(tokens.shape[-1], device=tokens.device) >= step.attention.ends[:, None]
+        return torch.stack([together.sum(1), (together * padding).sum(1), one.sum(1)], dim=1)
+
+    def __call__(self, kept: Tensor) -> dict[str, Tensor]:
+        late = kept[-max(1, len(kept) // 5) :]
+        change = (late[:, :, 1] - kept[0, :, 1]).abs()
+        return {"attention_entropy": (late[:, :, 0] + change).mean(0), "layer_entropy": kept[0, :, 2]}
+
+
+def _surprise(share: Tensor) -> Tensor:
+    """- a log a, 0 at a = 0."""
+    return -torch.special.xlogy(share, share)

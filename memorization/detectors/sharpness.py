@@ -1,0 +1,64 @@
+"""Sharpness of the log density along the guidance direction.
+
+Jeon, Kim, Kim, No, "Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability
+Landscapes", ICML 2025. With the scores s = -eps / sigma_t on pure noise at t = 981 and v = s_c - s_u:
+
+    || H_c v - H_u v ||_2,   H the Jacobian of each score (the Hessian of its log density)
+
+``exact`` takes Jacobian-vector products in forward mode; ``difference`` the central difference
+(s(x + h v) - s(x - h v)) / 2h with h |v| = ``step`` |x|, which needs no derivative.
+``exact`` needs the UNet in the contiguous memory format.
+
+Deviation: none for epsilon models; other prediction types are turned into eps first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from local_sd_pipeline import NoisePrediction
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """``sharpness``: values ``(prompts, images)``, at least 0, higher means memorized.
+
+    Args:
+        method: ``exact`` or ``difference``.
+        step: length of the difference's step, relative to the latents'; below float32 it drowns in rounding.
+    """
+
+    method: Literal["exact", "difference"] = "difference"
+    step: float = 1e-3
+
+    name: ClassVar[str] = "sharpness"
+    steps: ClassVar[tuple[int, ...]] = (0,)
+    terms: ClassVar[tuple[str, ...]] = ("sharpness",)
+
+    def __call__(self, trace: list[NoisePrediction], predict) -> dict[str, Tensor]:
+        """``predict(latents)``: eps of every prompt and of the empty prompt, each ``(prompts, images, c, h, w)``, on
+        latents of that shape at the step's timestep."""
+        (first,) = trace
+        direction = -first.guidance / first.sigma
+        latents = first.latents.expand_as(first.cond).contiguous()
+        along = self._exact if self.method == "exact" else self._difference
+        cond, uncond = along(predict, latents, direction)
+        return {"sharpness": ((cond - uncond) / first.sigma).flatten(2).norm(dim=2)}
+
+    def _exact(self, predict, latents: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+            _, along = torch.func.jvp(predict, (latents,), (direction,))
+        return along
+
+    def _difference(self, predict, latents: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        size = (s.flatten(2).norm(dim=2)[..., None, None, None] for s in (latents, direction))
+        length, speed = size
+        h = self.step * length / speed.clamp_min(torch.finfo(speed.dtype).tiny)
+        ahead, behind = predict(latents + h * direction), predict(latents - h * direction)
+        return tuple((a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True))

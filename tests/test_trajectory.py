@@ -1,0 +1,123 @@
+"""The shared generation and the detectors that read it."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_tiny
+from diffusers import DDIMScheduler
+
+from local_sd_pipeline import NoisePrediction
+from memorization.detectors.attention_entropy import AttentionEntropy
+from memorization.detectors.bright_ending import BrightEnding
+from memorization.detectors.noise_norm import NoiseNorm
+from memorization.detectors.transition import Transition, transition_point
+from memorization.detectors.wen import Wen
+from memorization.trajectory import Attention, Step, end_of_text, generate
+
+PROMPTS = ["a cat", "two dogs on a hill", ""]
+
+
+@pytest.fixture(params=["tiny-eps", "tiny-v"])
+def pipe(request):
+    return load_tiny(request.param, images=True)
+
+
+def rows_of(pipe):
+    return pipe.embed(PROMPTS), pipe.pure_noise(1, 3).expand(len(PROMPTS), -1, -1, -1)
+
+
+def step(index=0, guidance=None, attention=None):
+    uncond = torch.zeros_like(guidance) if guidance is not None else None
+    return Step(index, NoisePrediction(1, uncond, uncond, guidance, 0.1, 0.9, "epsilon"), None, None, attention)
+
+
+def test_it_is_the_generation_of_the_pipeline_itself(pipe):
+    """Same latents as diffusers' own ``__call__`` with DDIM on the same grid."""
+    embeds, latents = rows_of(pipe)
+    with torch.inference_mode():
+        *_, last = generate(pipe, embeds, latents, steps=10)
+        before = pipe.scheduler
+        pipe.scheduler = DDIMScheduler.from_config(
+            before.config, timestep_spacing="leading", steps_offset=1, clip_sample=False
+        )
+        empty = pipe.embed([""]).expand_as(embeds)
+        expected = pipe(
+            prompt_embeds=embeds, negative_prompt_embeds=empty, latents=latents, num_inference_steps=10,
+            guidance_scale=7.5, output_type="latent",
+        ).images  # fmt: skip
+        pipe.scheduler = before
+    assert torch.allclose(last.after, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_first_step_is_the_one_step_detector(pipe):
+    embeds, latents = rows_of(pipe)
+    with torch.inference_mode():
+        first = next(generate(pipe, embeds, latents))
+        t = pipe.detection_timesteps()[0]
+        trace = pipe.trace(embeds, latents[:1], [t])[t]
+    kept = Wen().reduce(first)[None]
+    assert torch.allclose(Wen()(kept)["wen_1"], NoiseNorm()([trace])["noise_norm"][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_wen_averages_the_first_steps():
+    values = Wen()(torch.arange(50.0)[:, None])
+    assert {name: value.item() for name, value in values.items()} == {"wen": 24.5, "wen_5": 2.0, "wen_1": 0.0}
+
+
+def test_recorded_attention_is_a_distribution_and_changes_nothing(pipe):
+    embeds, latents = rows_of(pipe)
+    processors = dict(pipe.unet.attn_processors)
+    with torch.inference_mode():
+        plain = next(generate(pipe, embeds, latents))
+        recorded = next(generate(pipe, embeds, latents, ends=end_of_text(pipe, PROMPTS)))
+    assert torch.allclose(plain.after, recorded.after, atol=1e-4)
+    tokens, end, _ = recorded.attention
+    layers = sum(".attn2." in name for name in processors)
+    assert tokens.shape == (layers, len(PROMPTS), embeds.shape[1])
+    assert torch.allclose(tokens.sum(-1), torch.ones(layers, len(PROMPTS)), atol=1e-4)
+    assert end.shape == (len(PROMPTS), *latents.shape[-2:]) and (end > 0).all() and (end < 1).all()
+    assert {k: type(v) for k, v in pipe.unet.attn_processors.items()} == {k: type(v) for k, v in processors.items()}
+
+
+def test_rows_do_not_depend_on_one_another(pipe):
+    embeds, latents = rows_of(pipe)
+    detectors = [Wen(), BrightEnding(), AttentionEntropy()]
+
+    def scores(chosen):
+        ends = end_of_text(pipe, [PROMPTS[i] for i in chosen])
+        with torch.inference_mode():
+            steps = list(generate(pipe, embeds[chosen], latents[chosen], steps=5, ends=ends))
+        return [d(torch.stack([d.reduce(s) for s in steps])) for d in detectors]
+
+    for together, alone in zip(scores([0, 1]), scores([1]), strict=True):
+        for name in together:
+            assert together[name][1].item() == pytest.approx(alone[name][0].item(), rel=1e-4)
+
+
+def test_bright_ending_is_the_norm_under_the_last_mask():
+    guidance = torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0))  # steps, rows, c, h, w
+    mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(1))
+    other = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(2))
+    steps = [step(i, guidance[i], Attention(None, m, None)) for i, m in enumerate((other, mask))]
+    value = BrightEnding()(torch.stack([BrightEnding().reduce(s) for s in steps]))["bright_ending"]
+    expected = torch.stack([(guidance[i] * mask[:, None]).flatten(1).norm(dim=1) for i in range(2)]).mean(0)
+    assert torch.allclose(value, expected / mask.flatten(1).mean(1))
+
+
+def test_entropy_of_known_distributions():
+    """Uniform over n tokens: log n. All on the start token: 0. The change of the padding's part is added."""
+    n = 8
+    uniform, start = torch.full((4, 1, n), 1 / n), torch.eye(n)[:1].expand(4, 1, n)
+    ends = torch.tensor([n // 2])  # half of the tokens are end-of-text and padding
+    detector = AttentionEntropy()
+    first, last = (detector.reduce(step(attention=Attention(tokens, None, ends))) for tokens in (start, uniform))
+    values = detector(torch.stack([first] * 4 + [last]))
+    assert values["layer_entropy"].item() == 0
+    assert values["attention_entropy"].item() == pytest.approx(math.log(n) * 1.5)
+
+
+def test_transition_is_the_first_local_minimum():
+    norms = torch.tensor([[5.0, 4, 3, 4, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]).T
+    assert transition_point(norms).tolist() == [2, 4, 0]
+    assert Transition()(norms)["transition_norm"].tolist() == [3, 1, 1]
