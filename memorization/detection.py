@@ -1,4 +1,4 @@
-"""Score a list of prompts with one-step detectors: one trace for all of them, batched over prompts x images."""
+"""Score a list of prompts: one trace and one generation for all detectors, batched over prompts x images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors import Detector
+from memorization.detectors import NEEDS, Detector
 from memorization.errors import InputError
+from memorization.predictor import Predictor
 from memorization.results import ResultStore
+from memorization.trajectory import end_of_text, generate
 
 
 def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
@@ -35,6 +38,7 @@ class Scorer:
 
     Args:
         num_images: noises per prompt, the same for every prompt.
+        steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
         batch_size: rows (prompt-image pairs) to a UNet call.
     """
 
@@ -48,11 +52,13 @@ class Scorer:
         steps: int,
         batch_size: int,
     ) -> None:
-        self.pipe, self.detectors, self.batch_size = pipe, detectors, batch_size
+        self.pipe, self.batch_size, self.steps = pipe, batch_size, steps
+        self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
         grid = pipe.detection_timesteps(steps)
-        self.timesteps = {place: grid[place] for detector in detectors for place in detector.steps}
+        one_step = self.of["prompt"] + self.of["gradient"]
+        self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
         self.latents = pipe.pure_noise(num_images, seed)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
             self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
 
     @property
@@ -60,28 +66,68 @@ class Scorer:
         """Prompts to a batch: as many as fill a UNet call."""
         return max(1, self.batch_size // len(self.latents))
 
-    @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list[float]]]:
-        """Per-image values of every detector and its terms, a dict a prompt.
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list]]:
+        """Per-image values (or curves) of every detector and its terms, a dict a prompt.
 
         Raises:
             InputError: the model gave a value that is not finite; names the prompt.
         """
         embeds = self.pipe.embed(prompts)
-        trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
-        values = {}
-        for detector in self.detectors:
-            values |= detector([trace[self.timesteps[place]] for place in detector.steps])
-        columns = {name: value.float().cpu().tolist() for name, value in values.items()}
+        values = self._from_trace(embeds)
+        if self.of["generation"] or self.of["image"]:
+            values |= self._from_generation(prompts, embeds)
+        columns = {name: _rounded(value.float().cpu().tolist()) for name, value in values.items()}
         for name, value in values.items():
             if not value.isfinite().all():
                 broken = prompts[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
                 raise InputError(f"{name} is NaN or infinite for the prompt {broken!r}; try --dtype float32")
-        return [{name: [_rounded(v) for v in rows[i]] for name, rows in columns.items()} for i in range(len(prompts))]
+        return [{name: rows[i] for name, rows in columns.items()} for i in range(len(prompts))]
+
+    def _from_trace(self, embeds: Tensor) -> dict[str, Tensor]:
+        """Values ``(prompts, images)`` of the detectors that read the trace."""
+        trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
+        values = {}
+        for detector in self.of["prompt"]:
+            values |= detector([trace[self.timesteps[place]] for place in detector.steps])
+        predict = Predictor(self.pipe, embeds, self.batch_size)
+        for detector in self.of["gradient"]:
+            values |= detector([trace[self.timesteps[place]] for place in detector.steps], predict)
+        return values
+
+    def _from_generation(self, prompts: Sequence[str], embeds: Tensor) -> dict[str, Tensor]:
+        """Values ``(prompts, images, ...)`` of the detectors that read a generation or its end.
+
+        A row fills two places of a UNet call, so the prompt-image pairs go in halves of the batch size.
+        """
+        images = len(self.latents)
+        attention = any(detector.attention for detector in self.of["generation"])
+        ends = end_of_text(self.pipe, prompts) if attention else None
+        parts: dict[str, list[Tensor]] = {}
+        for pairs in torch.arange(len(prompts) * images, device=embeds.device).split(max(1, self.batch_size // 2)):
+            row_embeds, latents = embeds[pairs // images], self.latents[pairs % images]
+            predict = Predictor(self.pipe, row_embeds, self.batch_size)
+            kept = [[] for _ in self.of["generation"]]
+            row_ends = ends[pairs // images] if attention else None
+            for step in generate(self.pipe, row_embeds, latents, steps=self.steps, ends=row_ends):
+                for detector, of_steps in zip(self.of["generation"], kept, strict=True):
+                    of_steps.append(detector.reduce(step, predict))
+            for detector, of_steps in zip(self.of["generation"], kept, strict=True):
+                _collect(parts, detector(torch.stack(of_steps)))
+            for detector in self.of["image"]:
+                _collect(parts, detector(step.after, predict))
+        return {name: torch.cat(values).unflatten(0, (-1, images)) for name, values in parts.items()}
 
 
-def _rounded(value: float) -> float:
+def _collect(parts: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        parts.setdefault(name, []).append(value)
+
+
+def _rounded(value: float | list) -> float | list:
     """Six significant digits: what the last bits of a float32 sum, which vary with the batch size, leave alone."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.6g}")
 
 

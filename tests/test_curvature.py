@@ -8,6 +8,7 @@ from local_sd_pipeline import NoisePrediction
 from memorization.detectors.lid import LocalDimension
 from memorization.detectors.one_step_denoising import OneStepDenoising
 from memorization.detectors.sharpness import Sharpness
+from memorization.predictor import Predictor
 
 ALPHA, SIGMA = 0.28, 0.96
 SHAPE = (4, 3, 3)
@@ -20,13 +21,13 @@ def linear_model():
     a, b = torch.randn(3, d, d, generator=generator) / 6, torch.randn(d, d, generator=generator) / 6
     x = torch.randn(2, *SHAPE, generator=generator)
 
-    def predict(latents):
+    def predict(latents, timestep, cond=True):
         flat = latents.flatten(2)
-        cond, uncond = torch.einsum("kij,knj->kni", a, flat), flat @ b.T
-        return cond.view_as(latents), uncond.view_as(latents)
+        return (torch.einsum("kij,knj->kni", a, flat) if cond else flat @ b.T).view_as(latents)
 
-    cond, uncond = predict(x.expand(3, -1, -1, -1, -1))
-    return a, b, x, predict, [NoisePrediction(981, x, uncond[0], cond, ALPHA, SIGMA, "epsilon")]
+    xs = x.expand(3, -1, -1, -1, -1)
+    trace = NoisePrediction(981, x, predict(xs, 981, False)[0], predict(xs, 981), ALPHA, SIGMA, "epsilon")
+    return a, b, x, predict, [trace]
 
 
 @pytest.mark.parametrize("method", ["exact", "difference"])
@@ -45,14 +46,8 @@ def test_sharpness_by_both_methods_on_a_unet():
     pipe = load_tiny("tiny-eps")
     prompts, images = ["red kite", "two boats"], 2
     pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative in channels_last
-    embeds, empty = pipe.embed(prompts), pipe.embed([""])
-    latents = pipe.pure_noise(images, 5)
-
-    def predict(x):
-        flat = x.flatten(0, 1)
-        both = [e.repeat_interleave(images, 0) for e in (embeds, empty.expand_as(embeds))]
-        return tuple(pipe.predict_noise(flat, 981, e).view_as(x) for e in both)
-
+    embeds = pipe.embed(prompts)
+    latents, predict = pipe.pure_noise(images, 5), Predictor(pipe, embeds, batch_size=3)
     with torch.no_grad():
         trace = [pipe.trace(embeds, latents, [981])[981]]
         exact, difference = (Sharpness(m)(trace, predict)["sharpness"] for m in ("exact", "difference"))
@@ -62,7 +57,7 @@ def test_sharpness_by_both_methods_on_a_unet():
 def test_sharpness_of_a_blank_prompt_is_zero():
     _, _, _, _, trace = linear_model()
     trace = [trace[0]._replace(cond=trace[0].uncond.expand_as(trace[0].cond))]
-    value = Sharpness()(trace, lambda latents: (latents, latents))["sharpness"]
+    value = Sharpness()(trace, lambda latents, timestep, cond=True: latents)["sharpness"]
     assert value.abs().max() == 0
 
 

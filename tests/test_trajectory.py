@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
 from diffusers import DDIMScheduler
 
 from local_sd_pipeline import NoisePrediction
+from memorization.detection import Scorer
+from memorization.detectors import make_detectors
 from memorization.detectors.attention_entropy import AttentionEntropy
 from memorization.detectors.bright_ending import BrightEnding
 from memorization.detectors.noise_norm import NoiseNorm
@@ -56,7 +59,7 @@ def test_first_step_is_the_one_step_detector(pipe):
         first = next(generate(pipe, embeds, latents))
         t = pipe.detection_timesteps()[0]
         trace = pipe.trace(embeds, latents[:1], [t])[t]
-    kept = Wen().reduce(first)[None]
+    kept = Wen().reduce(first, None)[None]
     assert torch.allclose(Wen()(kept)["wen_1"], NoiseNorm()([trace])["noise_norm"][:, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -88,7 +91,7 @@ def test_rows_do_not_depend_on_one_another(pipe):
         ends = end_of_text(pipe, [PROMPTS[i] for i in chosen])
         with torch.inference_mode():
             steps = list(generate(pipe, embeds[chosen], latents[chosen], steps=5, ends=ends))
-        return [d(torch.stack([d.reduce(s) for s in steps])) for d in detectors]
+        return [d(torch.stack([d.reduce(s, None) for s in steps])) for d in detectors]
 
     for together, alone in zip(scores([0, 1]), scores([1]), strict=True):
         for name in together:
@@ -100,7 +103,7 @@ def test_bright_ending_is_the_norm_under_the_last_mask():
     mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(1))
     other = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(2))
     steps = [step(i, guidance[i], Attention(None, m, None)) for i, m in enumerate((other, mask))]
-    value = BrightEnding()(torch.stack([BrightEnding().reduce(s) for s in steps]))["bright_ending"]
+    value = BrightEnding()(torch.stack([BrightEnding().reduce(s, None) for s in steps]))["bright_ending"]
     expected = torch.stack([(guidance[i] * mask[:, None]).flatten(1).norm(dim=1) for i in range(2)]).mean(0)
     assert torch.allclose(value, expected / mask.flatten(1).mean(1))
 
@@ -111,7 +114,7 @@ def test_entropy_of_known_distributions():
     uniform, start = torch.full((4, 1, n), 1 / n), torch.eye(n)[:1].expand(4, 1, n)
     ends = torch.tensor([n // 2])  # half of the tokens are end-of-text and padding
     detector = AttentionEntropy()
-    first, last = (detector.reduce(step(attention=Attention(tokens, None, ends))) for tokens in (start, uniform))
+    first, last = (detector.reduce(step(attention=Attention(tokens, None, ends)), None) for tokens in (start, uniform))
     values = detector(torch.stack([first] * 4 + [last]))
     assert values["layer_entropy"].item() == 0
     assert values["attention_entropy"].item() == pytest.approx(math.log(n) * 1.5)
@@ -121,3 +124,22 @@ def test_transition_is_the_first_local_minimum():
     norms = torch.tensor([[5.0, 4, 3, 4, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]).T
     assert transition_point(norms).tolist() == [2, 4, 0]
     assert Transition()(norms)["transition_norm"].tolist() == [3, 1, 1]
+
+
+def test_all_detectors_together_whatever_the_batch_size():
+    pipe = load_tiny("tiny-eps", images=True)
+    pipe.unet.to(memory_format=torch.contiguous_format)
+    detectors = make_detectors(["all"], {"sharpness": {"method": "exact"}, "p_laplace": {"points": 6}})
+
+    def score(batch_size):
+        scorer = Scorer(pipe, detectors, num_images=2, seed=51, steps=12, batch_size=batch_size)
+        return scorer(PROMPTS)
+
+    large, small = score(8), score(3)
+    names = [name for d in detectors for name in (*d.terms, *getattr(d, "curves", ()))]
+    assert list(large[0]) == names
+    for a, b in zip(large, small, strict=True):
+        for name in names:
+            assert np.array(a[name]) == pytest.approx(np.array(b[name]), rel=1e-3, abs=1e-4)
+            assert np.array(a[name]).shape[0] == 2
+    assert large[2]["wen"] == [0, 0]  # the blank prompt

@@ -1,7 +1,13 @@
-"""Detectors: pure functions of a noise trace, one file a method.
+"""Detectors, one file a method. Higher values mean memorized.
 
-A one-step detector names the steps of the DDIM grid it reads and turns a trace into per-image values. All detectors of
-a run share one trace, so running more of them costs no UNet call.
+What a detector ``needs`` says what it is given:
+
+- ``prompt``: noise predictions at its ``steps`` of the DDIM grid, on pure noise. All of them share one trace, so
+  running more of them costs no UNet call.
+- ``gradient``: the same, and the model, to ask it again near by.
+- ``generation``: every step of a guided generation, which all of them share. ``reduce`` keeps little of each step;
+  called with what was kept, the detector gives its values.
+- ``image``: clean latents (the end of the shared generation, or a picture of the user's) and the model.
 """
 
 from __future__ import annotations
@@ -11,34 +17,90 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from memorization.detectors.anisotropy import Anisotropy
+from memorization.detectors.attention_entropy import AttentionEntropy
+from memorization.detectors.bright_ending import BrightEnding
+from memorization.detectors.broken_memories import BrokenMemories
+from memorization.detectors.guidance_flux import GuidanceFlux
+from memorization.detectors.lid import LocalDimension
 from memorization.detectors.noise_norm import NoiseNorm
+from memorization.detectors.one_step_denoising import OneStepDenoising
+from memorization.detectors.p_laplace import PLaplace
+from memorization.detectors.sharpness import Sharpness
+from memorization.detectors.transition import Transition
+from memorization.detectors.wen import Wen
 from memorization.errors import InputError
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
+    from memorization.predictor import Predictor
+    from memorization.trajectory import Step
+
+
+NEEDS = ("prompt", "gradient", "generation", "image")
 
 
 class Detector(Protocol):
-    """What a one-step detector offers."""
+    """What every detector offers."""
 
     name: str
-    steps: tuple[int, ...]  # places in the DDIM grid whose trace it reads: 0 the noisiest, -1 the last
+    needs: str  # one of NEEDS
     terms: tuple[str, ...]  # the values it gives, its own name first; the others are its terms
 
+
+class PromptDetector(Detector, Protocol):
+    """Needs ``prompt``: a pure function of the trace."""
+
+    steps: tuple[int, ...]  # places in the DDIM grid whose trace it reads: 0 the noisiest, -1 the last
+
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
-        """Values ``(prompts, images)`` under each name of ``terms``, from the predictions at ``steps``; higher means
-        memorized."""
+        """Values ``(prompts, images)`` under each name of ``terms``, from the predictions at ``steps``."""
 
 
-DETECTORS: dict[str, type[Detector]] = {cls.name: cls for cls in (Anisotropy, NoiseNorm)}
+class GradientDetector(Detector, Protocol):
+    """Needs ``gradient``: a function of the trace and of the model near by."""
+
+    steps: tuple[int, ...]
+
+    def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
+        """Values ``(prompts, images)``; rows of ``predict`` are prompts, its points are images."""
+
+
+class GenerationDetector(Detector, Protocol):
+    """Needs ``generation``."""
+
+    attention: bool  # whether it reads the steps' attention
+
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
+        """What to keep of a step, ``(rows, ...)``."""
+
+    def __call__(self, kept: Tensor) -> dict[str, Tensor]:
+        """Values ``(rows,)``, or curves ``(rows, k)``, from what was kept, ``(steps, rows, ...)``."""
+
+
+class ImageDetector(Detector, Protocol):
+    """Needs ``image``."""
+
+    def __call__(self, clean: Tensor, predict: Predictor) -> dict[str, Tensor]:
+        """Values ``(rows,)`` from clean scaled latents ``(rows, c, h, w)``."""
+
+
+DETECTORS: dict[str, type[Detector]] = {
+    cls.name: cls
+    for cls in (
+        Anisotropy, NoiseNorm, OneStepDenoising, Sharpness, LocalDimension, Wen, BrightEnding, AttentionEntropy,
+        Transition, BrokenMemories, GuidanceFlux, PLaplace,
+    )
+}  # fmt: skip
 
 
 def make_detectors(names: list[str], settings: dict[str, dict]) -> list[Detector]:
-    """Detectors by name, each with its own settings.
+    """Detectors by name, each with its own settings; the name ``all`` stands for every one.
 
     Raises:
         InputError: for a name that is not in ``DETECTORS``.
     """
+    if names == ["all"]:
+        names = list(DETECTORS)
     if unknown := [name for name in names if name not in DETECTORS]:
-        raise InputError(f"unknown detector {', '.join(unknown)}; there are: {', '.join(DETECTORS)}")
+        raise InputError(f"unknown detector {', '.join(unknown)}; there are: {', '.join(DETECTORS)}, or all")
     return [DETECTORS[name](**settings.get(name, {})) for name in dict.fromkeys(names)]

@@ -55,6 +55,7 @@ class Anisotropy:
     branch: Literal["auto", "epsilon", "v"] = "auto"
 
     name: ClassVar[str] = "anisotropy"
+    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0, -3)
     terms: ClassVar[tuple[str, ...]] = ("anisotropy", "norm", "cosine")
 

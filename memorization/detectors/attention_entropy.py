@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from memorization.predictor import Predictor
     from memorization.trajectory import Step
 
 
@@ -36,10 +37,11 @@ class AttentionEntropy:
     layer: int = 3
 
     name: ClassVar[str] = "attention_entropy"
+    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "layer_entropy")
     attention: ClassVar[bool] = True
 
-    def reduce(self, step: Step) -> Tensor:
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
         """E of all layers together, its part from padding, and E of the one layer: ``(rows, 3)``."""
         tokens = step.attention.tokens
         together, one = _surprise(tokens.mean(0)), _surprise(tokens[min(self.layer, len(tokens) - 1)])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from memorization.predictor import Predictor
     from memorization.trajectory import Step
 
 
@@ -28,10 +29,11 @@ class BrightEnding:
     """``bright_ending``: values ``(rows,)``, at least 0. Of a step, energy and m are kept: ``(rows, 2, h, w)``."""
 
     name: ClassVar[str] = "bright_ending"
+    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("bright_ending",)
     attention: ClassVar[bool] = True
 
-    def reduce(self, step: Step) -> Tensor:
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return torch.stack([step.prediction.guidance.square().sum(1), step.attention.end], dim=1)
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:

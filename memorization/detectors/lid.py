@@ -1,6 +1,6 @@
 """Local intrinsic dimension (FLIPD): low where the density is concentrated, as on a memorized picture.
 
-Kamkari et al. 2024 (FLIPD) and Ross et al., "A Geometric Framework for Understanding Memorization in Generative Models",
+Kamkari et al. 2024 (FLIPD); Ross et al., "A Geometric Framework for Understanding Memorization in Generative Models",
 ICLR 2025. With the score s(x) = -eps / sigma at latents x = alpha x_0 + sigma noise,
 
     FLIPD = d + sigma^2 (tr J_s + |s|^2) = d - sigma tr J_eps + |eps|^2,   tr J = E[v . J v], v of random signs
@@ -21,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
+    from memorization.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class LocalDimension:
     seed: int = 0
 
     name: ClassVar[str] = "lid"
+    needs: ClassVar[str] = "gradient"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("lid",)
 
-    def __call__(self, trace: list[NoisePrediction], predict) -> dict[str, Tensor]:
-        """``predict(latents)``: eps of every prompt, and of the empty prompt, on ``(prompts, images, c, h, w)``."""
+    def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace
         generator = torch.Generator().manual_seed(self.seed)
         latents = first.latents.expand_as(first.cond)
@@ -50,7 +51,7 @@ class LocalDimension:
         trace_of = 0
         for _ in range(self.probes):
             sign = (torch.randint(2, shape, generator=generator) * 2.0 - 1).to(latents.device)
-            ahead, behind = (predict(latents + s * self.step * sign)[0] for s in (1, -1))
+            ahead, behind = (predict(latents + s * self.step * sign, first.timestep) for s in (1, -1))
             trace_of = trace_of + ((ahead - behind) * sign).flatten(2).sum(2) / (2 * self.step * self.probes)
         dimension = latents[0, 0].numel()
         flipd = dimension - first.sigma * trace_of + first.cond.flatten(2).square().sum(2)

@@ -24,6 +24,7 @@ class NoiseNorm:
     """``noise_norm``: values ``(prompts, images)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "noise_norm"
+    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("noise_norm",)
 

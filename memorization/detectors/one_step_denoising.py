@@ -24,6 +24,7 @@ class OneStepDenoising:
     """``one_step``: values ``(prompts, images)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "one_step"
+    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("one_step",)
 

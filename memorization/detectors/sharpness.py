@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
+    from memorization.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,26 @@ class Sharpness:
     step: float = 1e-3
 
     name: ClassVar[str] = "sharpness"
+    needs: ClassVar[str] = "gradient"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("sharpness",)
 
-    def __call__(self, trace: list[NoisePrediction], predict) -> dict[str, Tensor]:
-        """``predict(latents)``: eps of every prompt and of the empty prompt, each ``(prompts, images, c, h, w)``, on
-        latents of that shape at the step's timestep."""
+    def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace
         direction = -first.guidance / first.sigma
         latents = first.latents.expand_as(first.cond).contiguous()
+
+        def difference_of_scores(x: Tensor) -> Tensor:
+            return (predict(x, first.timestep, cond=False) - predict(x, first.timestep)) / first.sigma
+
         along = self._exact if self.method == "exact" else self._difference
-        cond, uncond = along(predict, latents, direction)
-        return {"sharpness": ((cond - uncond) / first.sigma).flatten(2).norm(dim=2)}
+        return {"sharpness": along(difference_of_scores, latents, direction).flatten(2).norm(dim=2)}
 
-    def _exact(self, predict, latents: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact(self, field, latents: Tensor, direction: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            _, along = torch.func.jvp(predict, (latents,), (direction,))
-        return along
+            return torch.func.jvp(field, (latents,), (direction,))[1]
 
-    def _difference(self, predict, latents: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        size = (s.flatten(2).norm(dim=2)[..., None, None, None] for s in (latents, direction))
-        length, speed = size
+    def _difference(self, field, latents: Tensor, direction: Tensor) -> Tensor:
+        length, speed = (s.flatten(2).norm(dim=2)[..., None, None, None] for s in (latents, direction))
         h = self.step * length / speed.clamp_min(torch.finfo(speed.dtype).tiny)
-        ahead, behind = predict(latents + h * direction), predict(latents - h * direction)
-        return tuple((a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True))
+        return (field(latents + h * direction) - field(latents - h * direction)) / (2 * h)

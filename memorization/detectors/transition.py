@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from memorization.predictor import Predictor
     from memorization.trajectory import Step
 
 
@@ -32,10 +33,11 @@ class Transition:
     """``transition_norm``: values ``(rows,)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "transition_norm"
+    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("transition_norm",)
     attention: ClassVar[bool] = False
 
-    def reduce(self, step: Step) -> Tensor:
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return step.prediction.guidance.flatten(1).norm(dim=1)
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from memorization.predictor import Predictor
     from memorization.trajectory import Step
 
 
@@ -25,10 +26,11 @@ class Wen:
     """``wen`` (all steps) with its terms ``wen_5`` and ``wen_1``: values ``(rows,)``, at least 0."""
 
     name: ClassVar[str] = "wen"
+    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("wen", "wen_5", "wen_1")
     attention: ClassVar[bool] = False
 
-    def reduce(self, step: Step) -> Tensor:
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return step.prediction.guidance.flatten(1).norm(dim=1)
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,47 @@
+"""How fast a generation moves and how large its guess is, against runs that are known not to be memorized.
+
+"Broken Memories", 2026: z-scores of || x_t - x_{t+1} || and || x0_hat ||, against non-memorized generations.
+
+Both norms are kept at every ``every``-th step, as curves beside the scores; ``detect_eval.py`` makes z-scores of
+them with the mean and spread of the validation half's non-memorized prompts, and takes the root of their mean square.
+So the detector has no value of its own until it is evaluated with labels.
+
+Deviation: the curves are thinned out; the paper's rule for joining the z-scores is not public.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memorization.predictor import Predictor
+    from memorization.trajectory import Step
+
+
+@dataclass(frozen=True)
+class BrokenMemories:
+    """Curves ``update_norm`` and ``x0_norm``: ``(rows, kept steps)``.
+
+    Args:
+        every: steps from one kept value to the next.
+    """
+
+    every: int = 5
+
+    name: ClassVar[str] = "broken_memories"
+    needs: ClassVar[str] = "generation"
+    terms: ClassVar[tuple[str, ...]] = ()
+    curves: ClassVar[tuple[str, ...]] = ("update_norm", "x0_norm")
+    attention: ClassVar[bool] = False
+
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
+        moved = (step.after - step.prediction.latents).flatten(1).norm(dim=1)
+        return torch.stack([moved, step.x0.flatten(1).norm(dim=1)], dim=1)
+
+    def __call__(self, kept: Tensor) -> dict[str, Tensor]:
+        moved, clean = kept[:: self.every].unbind(-1)
+        return {"update_norm": moved.T, "x0_norm": clean.T}

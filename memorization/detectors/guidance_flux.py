@@ -1,0 +1,61 @@
+"""Flux of the guidance vector through a sphere, along a generation.
+
+A follow-up of p-Laplace detection (see memorization/detectors/p_laplace.py): the boundary estimator at p = 1, on the
+field d = eps_c - eps_u instead of the score,
+
+    - E_n[ cos( -d(x_t + R n), n ) ],   R = sigma_t sqrt(dim)
+
+averaged over steps of a generation. -d points to where the prompt pulls: it converges on a memorized picture.
+
+Deviation: every tenth step, where the follow-up takes all; the mean cosine without the factor dim / R, which would
+weigh the steps by their noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from memorization.p_laplace import boundary
+
+if TYPE_CHECKING:
+    from memorization.predictor import Predictor
+    from memorization.trajectory import Step
+
+
+@dataclass(frozen=True)
+class GuidanceFlux:
+    """``guidance_flux``: values ``(rows,)`` in [-1, 1], higher means memorized.
+
+    Args:
+        every: steps from one estimate to the next.
+        points: on each sphere.
+        seed: of the points.
+    """
+
+    every: int = 10
+    points: int = 4
+    seed: int = 0
+
+    name: ClassVar[str] = "guidance_flux"
+    needs: ClassVar[str] = "generation"
+    terms: ClassVar[tuple[str, ...]] = ("guidance_flux",)
+    attention: ClassVar[bool] = False
+
+    def reduce(self, step: Step, predict: Predictor) -> Tensor:
+        x, t = step.prediction.latents, step.prediction.timestep
+        if step.index % self.every:
+            return x.new_full((len(x),), torch.nan)
+        dimension = x[0].numel()
+        radius = step.prediction.sigma * dimension**0.5
+        flux = boundary(
+            lambda y: predict(y, t, cond=False) - predict(y, t, cond=True), x, radius, [1.0],
+            points=self.points, generator=torch.Generator().manual_seed(self.seed), batch_size=self.points,
+        ).value[0]  # fmt: skip
+        return -flux * radius / dimension
+
+    def __call__(self, kept: Tensor) -> dict[str, Tensor]:
+        return {"guidance_flux": kept[:: self.every].mean(0)}
