@@ -1,0 +1,173 @@
+"""Which feature separates at which noise level: ``python -m memorization.studies.timestep_sweep --model testbed-eps``
+
+AUC and TPR@1%FPR of every feature of memorization/features.py against the timestep, on pure noise (the same noise at
+every timestep, as one-step detectors see it) and on the latents of a guided generation. The anisotropy paper's analysis:
+norms separate at high noise and angles at low noise. A killed study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from memorization.detection import default_batch_size, run_detection
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.evaluation import image_mean, roc, tpr_at_fpr
+from memorization.features import FEATURES, features
+from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
+from memorization.prompts import read_prompts
+from memorization.results import ResultStore, read_lines, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class NoiseSweep:
+    """Every feature at every place of the grid, on pure noise: ``noise/<feature>@<place>``."""
+
+    steps: tuple[int, ...]
+
+    name: ClassVar[str] = "noise_sweep"
+    needs: ClassVar[str] = "prompt"
+    terms: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, trace) -> dict[str, Tensor]:
+        found = [features(point) for point in trace]
+        return {
+            f"noise/{f}@{place}": values[f] for place, values in zip(self.steps, found, strict=True) for f in FEATURES
+        }
+
+
+@dataclass(frozen=True)
+class GenerationSweep:
+    """The same on the latents of a generation: ``generation/<feature>@<place>``."""
+
+    steps: tuple[int, ...]
+
+    name: ClassVar[str] = "generation_sweep"
+    needs: ClassVar[str] = "generation"
+    terms: ClassVar[tuple[str, ...]] = ()
+    attention: ClassVar[bool] = False
+
+    def reduce(self, step, predict) -> Tensor:
+        found = features(step.prediction)
+        return torch.stack([found[f] for f in FEATURES], dim=1)
+
+    def __call__(self, kept: Tensor) -> dict[str, Tensor]:
+        return {f"generation/{f}@{place}": kept[place, :, i] for place in self.steps for i, f in enumerate(FEATURES)}
+
+
+def sweep_table(rows: list[dict], timesteps: dict[int, int]) -> pd.DataFrame:
+    """AUC and TPR@1%FPR by latents, feature and timestep, from the lines of a store; ``timesteps``: place -> t."""
+    labels = np.array([row["label"] for row in rows])
+    found = []
+    for key in (key for key in rows[0] if "@" in key):
+        latents, rest = key.split("/")
+        feature, place = rest.split("@")
+        scores = np.array([image_mean(row[key]) for row in rows])
+        fpr, tpr = roc(labels, scores)
+        found.append({
+            "latents": latents, "feature": feature, "t": timesteps[int(place)],
+            "auc": float(np.trapezoid(tpr, fpr)), "tpr@1%": tpr_at_fpr(labels, scores, 0.01)[0],
+        })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def draw(table: pd.DataFrame, path: Path, title: str) -> None:
+    """AUC above, TPR@1%FPR below; pure noise on the left, a generation's latents on the right."""
+    kinds = [kind for kind in ("noise", "generation") if (table["latents"] == kind).any()]
+    names = {"noise": "pure noise", "generation": "latents of a generation"}
+    figure, axes = plt.subplots(
+        2, len(kinds), figsize=(5.4 * len(kinds), 6.4), sharex=True, sharey="row", squeeze=False
+    )
+    for column, kind in enumerate(kinds):
+        for axis, key, label in zip(axes[:, column], ("auc", "tpr@1%"), ("AUC", "TPR@1%FPR"), strict=True):
+            for feature, group in table[table["latents"] == kind].groupby("feature", sort=False):
+                group = group.sort_values("t")
+                axis.plot(group["t"], group[key], "o-", markersize=3, label=feature)
+            axis.set(ylabel=label)
+            axis.grid(alpha=0.3)
+        axes[0, column].axhline(0.5, color="grey", linewidth=0.8)
+        axes[0, column].set_title(names[kind])
+        axes[1, column].set_xlabel("timestep t (noise to the right)")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def read_labelled(args, spec) -> tuple[Path, pd.DataFrame]:
+    """The list to sweep over, with labels."""
+    path = args.prompts or (ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None)
+    if path is None:
+        raise InputError(f"model {spec.name!r} has no labelled list of its own: give --prompts FILE")
+    frame = read_prompts(path)
+    if "label" not in frame or frame["label"].nunique() < 2:
+        raise InputError(f"{path}: needs a column 'label' that holds both 0 and 1")
+    return path, frame
+
+
+def sweep(args, spec, path: Path, frame: pd.DataFrame, out: Path) -> tuple[list[dict], dict[int, int]]:
+    """The lines of the store, and place -> timestep."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype or spec.dtype, device)
+    pipe = load_pipeline(spec, dtype, device)
+    grid = pipe.detection_timesteps()
+    places = tuple(sorted({*range(0, len(grid), args.every), len(grid) - 3, len(grid) - 1}))
+    detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
+    settings = {
+        "model": args.model, "revision": revision_of(pipe), "places": list(places), "dtype": dtype, "seed": args.seed,
+        "prompts": hashlib.sha256(path.read_bytes()).hexdigest(), "generation": not args.no_generation,
+        "num_images": args.num_images,
+    }  # fmt: skip
+    with ResultStore(out, settings, {"device": str(device)}) as store:
+        run_detection(
+            pipe, frame, detectors, store,
+            num_images=args.num_images, seed=args.seed, steps=50, batch_size=default_batch_size(pipe),
+        )  # fmt: skip
+        return read_lines(store.scores)[0], {place: grid[place] for place in places}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="testbed-eps", metavar="NAME|FOLDER|HUB_ID", help="default: %(default)s")
+    add("--prompts", type=Path, metavar="FILE", help="a labelled list (default: the model's own)")
+    add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
+    add("--seed", type=int, default=51, help="of the noise (default: %(default)s)")
+    add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
+    add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
+    # Features are chosen on validation and confirmed on test.
+    add(
+        "--split", choices=["validation", "test", "all"], default="validation", help="rows shown (default: %(default)s)"
+    )
+    add("--dtype", help="default: the model's config, else by hardware")
+    add("--device", default="auto")
+    add("--out", type=Path, metavar="DIR", help="default: results/studies/timestep_sweep/<model>")
+    args = parser.parse_args()
+    spec = find_model(args.model)
+    path, frame = read_labelled(args, spec)
+    out = args.out or ROOT / "results" / "studies" / "timestep_sweep" / spec.name
+    rows, timesteps = sweep(args, spec, path, frame, out)
+    table = sweep_table([row for row in rows if args.split in ("all", row.get("split", args.split))], timesteps)
+    shown = table.pivot_table(index=["latents", "feature"], columns="t", values="auc", sort=False)
+    print(f"AUC, {args.split} rows of {path.name}\n{shown.round(3).to_string()}")
+    write_atomically(out / f"{args.split}.csv", table.round(4).to_csv(index=False))
+    draw(table, out / f"{args.split}.png", f"{spec.name}, {args.split} rows, n = {args.num_images}")
+    print(f"{out / args.split}.csv, .png")
+
+
+if __name__ == "__main__":
+    run_script(main)
