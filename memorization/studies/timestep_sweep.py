@@ -1,7 +1,7 @@
 """Which feature separates at which noise level: ``python -m memorization.studies.timestep_sweep --model testbed-eps``
 
 AUC and TPR@1%FPR of every feature of memorization/features.py against the timestep, on pure noise (the same noise at
-every timestep, as one-step detectors see it) and on the latents of a guided generation. The anisotropy paper's analysis:
+every timestep, as one-step detectors see it) and on the latents of a guided generation. The anisotropy paper says:
 norms separate at high noise and angles at low noise. A killed study goes on where it stopped.
 """
 
@@ -150,9 +150,7 @@ def main() -> None:
     add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
     # Features are chosen on validation and confirmed on test.
-    add(
-        "--split", choices=["validation", "test", "all"], default="validation", help="rows shown (default: %(default)s)"
-    )
+    add("--split", choices=["validation", "test", "all"], default="validation", help="default: %(default)s")
     add("--dtype", help="default: the model's config, else by hardware")
     add("--device", default="auto")
     add("--out", type=Path, metavar="DIR", help="default: results/studies/timestep_sweep/<model>")
