@@ -32,6 +32,7 @@ from memorization.evaluation import (
     threshold_at,
 )
 from memorization.results import read_json, read_lines, write_atomically
+from memorization.sequential import ROUNDS, fit_bands
 from memorization.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
@@ -192,14 +193,18 @@ def calibrate(run: Run, target: float) -> dict:
         raise InputError(f"{run.folder}: the calibration rows have one class only; both are needed")
     detectors = {}
     for name, settings in run.settings["detectors"].items():
-        scores, entry = run.scores(rows, name, images), {}
+        if name not in run.names:  # a detector that keeps curves alone
+            continue
+        scores, entry = np.array(rows[name].tolist()), {}  # (prompts, noises)
         if name == "anisotropy":
-            terms = np.stack([run.scores(rows, term, images) for term in ("norm", "cosine")], axis=1)
-            norm_weight, cosine_weight = (float(f"{weight:.4g}") for weight in fit_weights(labels, terms))
+            terms = np.stack([np.array(rows[term].tolist()) for term in ("norm", "cosine")], axis=-1)
+            norm_weight, cosine_weight = (float(f"{w:.4g}") for w in fit_weights(labels, terms.mean(1)))
             scores = terms @ [norm_weight, cosine_weight]
             kept = {key: value for key, value in settings.items() if key != "terms"}
             entry["settings"] = {**kept, "norm_weight": norm_weight, "cosine_weight": cosine_weight}
-        threshold, realised = threshold_at(labels, scores, target)
+        threshold, realised = threshold_at(labels, scores.mean(1), target)
+        if images == ROUNDS[-1]:
+            entry["bands"] = {n: list(band) for n, band in fit_bands(scores, threshold).items()}
         detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised}
     return {
         "model": run.settings["model"], "run": run.folder.name, "num_images": images,

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -33,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompts", metavar="FILE", help=".txt, .csv or .jsonl (column prompt or caption; optional label, family)")
     add("--memorized", metavar="FILE", help="a list whose prompts all count as memorized; needs --non-memorized")
     add("--non-memorized", metavar="FILE", help="a list whose prompts all count as not memorized")
-    add("--detectors", default="anisotropy,noise_norm", metavar="A,B", help="default: %(default)s")
+    add("--images", type=Path, metavar="DIR",
+        help="score pictures, by the detectors that need a picture; a metadata.jsonl may give prompts and labels")
+    add("--detectors", metavar="A,B|all", help="default: anisotropy,noise_norm, and p_laplace for --images")
     add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
     add("--seed", type=int, default=51, help="of the noise (default: %(default)s, the public code's)")
     add("--steps", type=int, default=50, help="of the DDIM grid that places the timesteps (default: %(default)s)")
@@ -45,6 +49,11 @@ def parse_arguments() -> argparse.Namespace:
         help="over the channels of each latent pixel, then averaged, or over the whole latent (default: pixel)")
     add("--normalization", choices=["None", "L1", "L2"],
         help="divide each noise prediction by its norm first (default: None)")
+    add("--sequential", action="store_true",
+        help="1, 2, 4, 8 noises, more for undecided prompts alone; needs a --calibration made with --num-images 8")
+    add("--explain", action="store_true",
+        help="print, and draw to tokens.png, which tokens trigger the flagged prompts (else the ten highest)")
+    add("--measure-costs", action="store_true", help="write each detector's cost alone, by four prompts, to costs.json")
     add("--calibration", metavar="FILE",
         help="written by detect_eval.py --calibrate: thresholds, and the settings they hold for")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
@@ -56,6 +65,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     # fmt: on
     args = parser.parse_args()
+    args.detectors = (args.detectors or ("p_laplace" if args.images else "anisotropy,noise_norm")).split(",")
+    if args.sequential:
+        if not args.calibration:
+            parser.error("--sequential needs --calibration FILE, made with --num-images 8")
+        args.num_images = 8
+    if args.images and (args.prompts or args.memorized or args.explain or args.sequential or args.measure_costs):
+        parser.error("--images goes without prompt lists, --explain, --sequential and --measure-costs")
     if args.num_images < 1 or not 3 <= args.steps <= 500 or not 0 <= args.seed < 2**63:
         parser.error("--num-images is at least 1, --steps from 3 to 500, --seed from 0 to 2^63 - 1")
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
@@ -102,18 +118,20 @@ def report(frame, pipe) -> None:
     print(f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else ""), file=sys.stderr)
 
 
-def read_calibration(args: argparse.Namespace) -> tuple[dict, dict]:
-    """What ``detect_eval.py --calibrate`` wrote: settings of the anisotropy detector, and a threshold a detector.
+def read_calibration(args: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """What ``detect_eval.py --calibrate`` wrote: settings of the anisotropy detector; a threshold a detector; and the
+    bands of ``--sequential`` a detector, where it was made with 8 noises.
 
     Raises:
         InputError: it is no such file, or it is for another model, number of images or grid than asked.
     """
     if args.calibration is None:
-        return {}, {}
+        return {}, {}, {}
     try:
         calibration = yaml.safe_load(Path(args.calibration).read_text(encoding="utf-8"))
         detectors = calibration["detectors"]
         thresholds = {name: float(values["threshold"]) for name, values in detectors.items()}
+        bands = {name: values["bands"] for name, values in detectors.items() if "bands" in values}
         settings = dict(detectors.get("anisotropy", {}).get("settings", {}))
         belongs = {key: calibration[key] for key in ("model", "num_images", "steps")}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
@@ -124,7 +142,7 @@ def read_calibration(args: argparse.Namespace) -> tuple[dict, dict]:
     for key, value in asked.items():
         if (calibrated := {**settings, **belongs}.get(key)) != value:
             raise InputError(f"{args.calibration} is for {key} = {calibrated}, not {value}")
-    return settings, thresholds
+    return settings, thresholds, bands
 
 
 def asked_of_anisotropy(args: argparse.Namespace) -> dict:
@@ -155,6 +173,60 @@ def print_summary(store, detectors: list[str], thresholds: dict[str, float]) -> 
         print(f"next:   python detect_eval.py {os.path.relpath(store.folder)}")
 
 
+def read_images(args: argparse.Namespace, detectors: list) -> tuple:
+    """The pictures of ``--images`` and what tells them apart from others: ``(frame, {"images": sha256})``."""
+    from memorization.images import list_images
+
+    if unfit := [detector.name for detector in detectors if detector.needs != "image"]:
+        raise InputError(f"{', '.join(unfit)}: scores prompts, not pictures; for --images there is p_laplace")
+    frame = list_images(args.images)
+    digest = hashlib.sha256()
+    for path, prompt in zip(frame["image"], frame["prompt"], strict=True):
+        digest.update(Path(path).name.encode() + prompt.encode() + Path(path).read_bytes())
+    return frame, {"images": digest.hexdigest()}
+
+
+def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[str, float]) -> None:
+    """Print and draw which tokens trigger the flagged prompts, or the ten highest where there is no threshold."""
+    from tqdm import tqdm
+
+    from memorization.evaluation import image_mean
+    from memorization.explain import as_text, draw_significance, token_significance
+    from memorization.results import read_lines
+
+    rows = sorted(read_lines(store.scores)[0], key=lambda row: -image_mean(row[first]))
+    chosen = [row for row in rows if image_mean(row[first]) >= thresholds[first]] if first in thresholds else rows[:10]
+    latents = pipe.pure_noise(args.num_images, args.seed)
+    explained = [token_significance(pipe, row["prompt"], latents) for row in tqdm(chosen, desc="explain")]
+    print("tokens that trigger them, with their share of the prompt's significance:")
+    for row, significance in zip(chosen, explained, strict=True):
+        print(f"   {image_mean(row[first]):9.4g}  {as_text(significance)}")
+    if explained:
+        print(f"picture: {draw_significance(explained[:20], store.folder / 'tokens.png')}")
+
+
+def write_costs(args: argparse.Namespace, pipe, detectors: list, frame, store, batch_size: int) -> None:
+    """UNet evaluations and seconds a prompt of each detector alone, to ``costs.json`` beside the scores."""
+    from memorization.costs import measure_costs
+    from memorization.results import write_atomically
+
+    prompts = frame["prompt"].tolist()[:4]
+    costs = measure_costs(pipe, detectors, prompts, steps=args.steps, batch_size=batch_size)
+    write_atomically(store.folder / "costs.json", json.dumps(costs, indent=1) + "\n")
+
+
+def settings_of(args: argparse.Namespace, pipe, detectors: list, hashes: dict, dtype: str, batch_size: int) -> dict:
+    """Everything the scores depend on."""
+    from memorization.models import revision_of
+
+    return {
+        "model": args.model, "revision": revision_of(pipe), "prompts": hashes,
+        "detectors": {d.name: {**vars(d), "terms": list(d.terms)} for d in detectors},
+        "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
+        "batch_size": batch_size, **({"sequential": True} if args.sequential else {}),
+    }  # fmt: skip
+
+
 def main() -> None:
     args = parse_arguments()
     # Imports that take seconds come after the arguments are known to be good.
@@ -165,39 +237,47 @@ def main() -> None:
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
 
-    from memorization.detection import default_batch_size, run_detection
+    from memorization.detection import Scorer, SequentialScorer, default_batch_size, run_detection
     from memorization.detectors import make_detectors
-    from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
+    from memorization.images import run_images
+    from memorization.models import find_model, load_pipeline, pick_device, pick_dtype
     from memorization.results import ResultStore
 
     spec = find_model(args.model)
-    calibrated, thresholds = read_calibration(args)
+    calibrated, thresholds, bands = read_calibration(args)
     anisotropy = {**spec.anisotropy, **asked_of_anisotropy(args), **calibrated}
-    detectors = make_detectors(args.detectors.split(","), {"anisotropy": anisotropy})
-    frame, hashes = read_prompt_lists(args, spec)
+    detectors = make_detectors(args.detectors, {"anisotropy": anisotropy})
+    first = detectors[0].name
+    frame, hashes = read_images(args, detectors) if args.images else read_prompt_lists(args, spec)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
-    pipe = load_pipeline(spec, dtype, device)
+    pipe = load_pipeline(spec, dtype, device, images=bool(args.images))
     report(frame, pipe)
 
     batch_size = default_batch_size(pipe) if args.batch_size == "auto" else int(args.batch_size)
-    settings = {
-        "model": args.model, "revision": revision_of(pipe), "prompts": hashes,
-        "detectors": {d.name: {**vars(d), "terms": list(d.terms)} for d in detectors},
-        "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
-        "batch_size": batch_size,
-    }  # fmt: skip
     checkpoint = Path(pipe.config["_name_or_path"])
     if checkpoint.is_relative_to(ROOT):
         checkpoint = checkpoint.relative_to(ROOT)
     info = {"device": str(device), "checkpoint": str(checkpoint), "thresholds": thresholds}
     out = args.out or ROOT / "results" / "local" / spec.name
+    settings = settings_of(args, pipe, detectors, hashes, dtype, batch_size)
     with ResultStore(out, settings, info, args.overwrite) as store:
-        run_detection(
-            pipe, frame, detectors, store,
-            num_images=args.num_images, seed=args.seed, steps=args.steps, batch_size=batch_size,
-        )  # fmt: skip
+        common = dict(seed=args.seed, steps=args.steps)
+        if args.images:
+            run_images(pipe, frame, detectors, store, batch_size=batch_size)
+        elif args.sequential:
+            if first not in bands:
+                raise InputError(f"{args.calibration}: has no bands for {first}; detect_eval.py --calibrate makes them")
+            scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands[first], **common)
+            run_detection(scorer, frame, store, batch_size=batch_size)
+        else:
+            scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, **common)
+            run_detection(scorer, frame, store, batch_size=batch_size)
     print_summary(store, [d.name for d in detectors], thresholds)
+    if args.explain:
+        explain(args, pipe, store, first, thresholds)
+    if args.measure_costs:
+        write_costs(args, pipe, detectors, frame, store, batch_size)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
-from memorization.detection import default_batch_size, run_detection  # noqa: E402
+from memorization.detection import Scorer, default_batch_size, run_detection  # noqa: E402
 from memorization.detectors import make_detectors  # noqa: E402
 from memorization.errors import ArgumentParser, run_script  # noqa: E402
 from memorization.models import DTYPES, find_model, load_pipeline, pick_device, pick_dtype  # noqa: E402
@@ -79,10 +80,8 @@ def this_tool(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size
     started = now(pipe)
     detectors = make_detectors(["anisotropy", "noise_norm"], {})
     with tempfile.TemporaryDirectory() as folder, ResultStore(Path(folder) / "run", {}, {}) as store:
-        run_detection(
-            pipe, pd.DataFrame({"prompt": prompts}), detectors, store,
-            num_images=1, seed=51, steps=50, batch_size=batch_size,
-        )  # fmt: skip
+        make_scorer = partial(Scorer, pipe, detectors, num_images=1, seed=51, steps=50)
+        run_detection(make_scorer, pd.DataFrame({"prompt": prompts}), store, batch_size=batch_size)
         assert store.done == len(prompts)
     return now(pipe) - started
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from memorization.detectors import NEEDS, Detector
 from memorization.errors import InputError
 from memorization.predictor import Predictor
 from memorization.results import ResultStore
+from memorization.sequential import ROUNDS, Bands, noises_needed
 from memorization.trajectory import end_of_text, generate
 
 
@@ -38,6 +39,7 @@ class Scorer:
 
     Args:
         num_images: noises per prompt, the same for every prompt.
+        first_image: the first of them, in the sequence of the seed's noises.
         steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
         batch_size: rows (prompt-image pairs) to a UNet call.
     """
@@ -51,13 +53,14 @@ class Scorer:
         seed: int,
         steps: int,
         batch_size: int,
+        first_image: int = 0,
     ) -> None:
         self.pipe, self.batch_size, self.steps = pipe, batch_size, steps
         self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
         grid = pipe.detection_timesteps(steps)
         one_step = self.of["prompt"] + self.of["gradient"]
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
-        self.latents = pipe.pure_noise(num_images, seed)
+        self.latents = pipe.pure_noise(first_image + num_images, seed)[first_image:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
             self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
 
@@ -77,12 +80,7 @@ class Scorer:
         values = self._from_trace(embeds)
         if self.of["generation"] or self.of["image"]:
             values |= self._from_generation(prompts, embeds)
-        columns = {name: _rounded(value.float().cpu().tolist()) for name, value in values.items()}
-        for name, value in values.items():
-            if not value.isfinite().all():
-                broken = prompts[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
-                raise InputError(f"{name} is NaN or infinite for the prompt {broken!r}; try --dtype float32")
-        return [{name: rows[i] for name, rows in columns.items()} for i in range(len(prompts))]
+        return as_rows(values, prompts)
 
     def _from_trace(self, embeds: Tensor) -> dict[str, Tensor]:
         """Values ``(prompts, images)`` of the detectors that read the trace."""
@@ -124,6 +122,54 @@ def _collect(parts: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:
         parts.setdefault(name, []).append(value)
 
 
+class SequentialScorer:
+    """A scorer that asks for more noises of the undecided prompts alone.
+
+    Args:
+        detector: the score that decides.
+        bands: from :func:`fit_bands`.
+        arguments: those of :class:`Scorer` but for the noises.
+    """
+
+    def __init__(self, *arguments, detector: str, bands: Bands, **settings) -> None:
+        self.detector, self.bands = detector, bands
+        self.scorers = [
+            Scorer(*arguments, num_images=n - before, first_image=before, **settings)
+            for before, n in zip((0, *ROUNDS[:-1]), ROUNDS, strict=True)
+        ]
+
+    @property
+    def prompts_at_once(self) -> int:
+        return self.scorers[0].prompts_at_once
+
+    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list]]:
+        """As :meth:`Scorer.__call__`, with lists as long as noises were needed."""
+        values: list[dict[str, list]] = [{} for _ in prompts]
+        undecided = list(range(len(prompts)))
+        for noises, scorer in zip(ROUNDS, self.scorers, strict=True):
+            for i, new in zip(undecided, scorer([prompts[i] for i in undecided]), strict=True):
+                for name, added in new.items():
+                    values[i].setdefault(name, []).extend(added)
+            undecided = [i for i in undecided if noises_needed(values[i][self.detector], self.bands) > noises]
+            if not undecided:
+                break
+        return values
+
+
+def as_rows(values: dict[str, Tensor], names: Sequence[str]) -> list[dict[str, list]]:
+    """Values ``(rows, images, ...)`` as a dict a row, rounded.
+
+    Raises:
+        InputError: a value is not finite; names the row by ``names``.
+    """
+    columns = {name: _rounded(value.float().cpu().tolist()) for name, value in values.items()}
+    for name, value in values.items():
+        if not value.isfinite().all():
+            broken = names[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
+            raise InputError(f"{name} is NaN or infinite for {broken!r}; try --dtype float32")
+    return [{name: rows[i] for name, rows in columns.items()} for i in range(len(names))]
+
+
 def _rounded(value: float | list) -> float | list:
     """Six significant digits: what the last bits of a float32 sum, which vary with the batch size, leave alone."""
     if isinstance(value, list):
@@ -132,17 +178,9 @@ def _rounded(value: float | list) -> float | list:
 
 
 def run_detection(
-    pipe: LocalStableDiffusionPipeline,
-    prompts: pd.DataFrame,
-    detectors: Sequence[Detector],
-    store: ResultStore,
-    *,
-    num_images: int,
-    seed: int,
-    steps: int,
-    batch_size: int,
+    make_scorer: Callable[..., Scorer], prompts: pd.DataFrame, store: ResultStore, *, batch_size: int
 ) -> None:
-    """Score ``prompts`` into ``store``, from where it stopped.
+    """Score ``prompts`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
 
     On out of memory the batch size is halved, and that is noted in the store for a resumed run. Batches lie on a fixed
     grid, so a resumed run computes its last batch again and writes the bytes that are missing.
@@ -156,8 +194,7 @@ def run_detection(
     store.start()
     while True:
         try:
-            scorer = Scorer(pipe, detectors, num_images=num_images, seed=seed, steps=steps, batch_size=batch_size)
-            return _score_all(scorer, prompts, store)
+            return _score_all(make_scorer(batch_size=batch_size), prompts, store)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise

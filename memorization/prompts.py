@@ -11,6 +11,7 @@ import http.client
 import io
 import json
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,11 @@ OPTIONAL = ("label", "family", "kind", "duplicates", "replication", "image", "sp
 ALIASES = {"caption": "prompt", "type": "kind", "overfit_type": "kind"}
 
 
-def read_prompts(path: str | Path) -> pd.DataFrame:
+def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
     """Read a ``.txt`` (a prompt a line), ``.csv`` (``,`` or ``;``) or ``.jsonl`` list.
+
+    Args:
+        extra: further columns to keep, which the list must have.
 
     Returns:
         A frame with ``prompt`` (str) and those of ``OPTIONAL`` that the list has; ``label`` is 0 or 1. Blank lines of a
@@ -45,7 +49,9 @@ def read_prompts(path: str | Path) -> pd.DataFrame:
     frame = frame.rename(columns={old: new for old, new in ALIASES.items() if new not in frame})
     if "prompt" not in frame:
         raise InputError(f"{path}: no column 'prompt' (or 'caption'); it has: {', '.join(frame.columns)}")
-    frame = frame[["prompt", *(column for column in OPTIONAL if column in frame)]].reset_index(drop=True)
+    if missing := [column for column in extra if column not in frame]:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has: {', '.join(frame.columns)}")
+    frame = frame[["prompt", *(c for c in OPTIONAL if c in frame), *extra]].reset_index(drop=True)
     if frame.empty:
         raise InputError(f"{path}: holds no prompt")
     if not (is_text := frame["prompt"].map(_is_text)).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from memorization.detection import default_batch_size, run_detection
+from memorization.detection import Scorer, default_batch_size, run_detection
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.evaluation import image_mean, roc, tpr_at_fpr
 from memorization.features import FEATURES, features
@@ -133,10 +134,8 @@ def sweep(args, spec, path: Path, frame: pd.DataFrame, out: Path) -> tuple[list[
         "num_images": args.num_images,
     }  # fmt: skip
     with ResultStore(out, settings, {"device": str(device)}) as store:
-        run_detection(
-            pipe, frame, detectors, store,
-            num_images=args.num_images, seed=args.seed, steps=50, batch_size=default_batch_size(pipe),
-        )  # fmt: skip
+        make_scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=50)
+        run_detection(make_scorer, frame, store, batch_size=default_batch_size(pipe))
         return read_lines(store.scores)[0], {place: grid[place] for place in places}
 
 
