@@ -31,12 +31,19 @@ from memorization.evaluation import (
     paired_difference,
     threshold_at,
 )
+from memorization.fitted import learned_combination, z_score_size
 from memorization.results import read_json, read_lines, write_atomically
 from memorization.sequential import ROUNDS, fit_bands
 from memorization.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
+CURVES = ("update_norm", "x0_norm")  # curves of Broken Memories
+OWNERS = {  # scores that are a term of a detector, or learned from one -> the detector that pays for them
+    "norm": "anisotropy", "cosine": "anisotropy", "wen_5": "wen", "wen_1": "wen", "layer_entropy": "attention_entropy",
+    "p_laplace_prompt": "p_laplace", "learned: one trace": "anisotropy",
+}  # fmt: skip
+ONE_TRACE = ("norm", "cosine", "one_step")  # what the learned combination is made of: a single trace's scores
 
 
 class Run:
@@ -69,6 +76,24 @@ class Run:
         """Rows that are not of split ``name``; all rows where the list has no splits."""
         return self.rows[self.rows["split"] != name] if "split" in self.rows else self.rows
 
+    def fitted(self, images: int) -> dict[str, np.ndarray]:
+        """Scores of the scored rows that were learned from the validation rows; none where the list has no splits."""
+        if "split" not in self.rows or self.without_split("test")["label"].nunique() < 2:
+            return {}
+        labels, learn = self.rows["label"].to_numpy(), (self.rows["split"] == "validation").to_numpy()
+        scored, found = self.rows.index.isin(self.scored.index), {}
+        if curves := [name for name in CURVES if name in self.rows]:
+            values = np.concatenate([self._curves(name, images) for name in curves], axis=1)
+            found["broken_memories"] = z_score_size(values, learn & (labels == 0))[scored]
+        if len(terms := [name for name in ONE_TRACE if name in self.rows]) > len(ONE_TRACE) / 2:
+            values = np.stack([self.scores(self.rows, name, images) for name in terms], axis=1)
+            found["learned: one trace"] = learned_combination(values, labels, learn)[scored]
+        return found
+
+    def _curves(self, name: str, images: int) -> np.ndarray:
+        """Curves ``(rows, k)``, mean over the first ``images`` noises."""
+        return np.array([np.mean(curves[:images], axis=0) for curves in self.rows[name]])
+
     def scores(self, rows: pd.DataFrame, name: str, images: int) -> np.ndarray:
         """Scores of ``rows`` by the mean over the first ``images`` noises."""
         return np.array([image_mean(values, images) for values in rows[name]])
@@ -82,6 +107,7 @@ def evaluate(run: Run, resamples: int) -> dict:
     measured: dict[tuple[str, int | None], Metrics] = {
         (name, n): measure(labels, run.scores(run.scored, name, n), weights) for n in images for name in run.names
     }
+    measured |= {(name, n): measure(labels, scores, weights) for n in images for name, scores in run.fitted(n).items()}
     for name, scores in _text_scores(run).items():
         measured[name, None] = measure(labels, scores, weights)
     return {
@@ -98,6 +124,7 @@ def evaluate(run: Run, resamples: int) -> dict:
             for (name, n), metrics in measured.items()
         ],
         "paired": _paired(measured),
+        "costs": read_json(run.folder / "costs.json") if (run.folder / "costs.json").exists() else {},
     }  # fmt: skip
 
 
@@ -134,11 +161,24 @@ def table(metrics: dict) -> pd.DataFrame:
     rows = []
     for row in metrics["detectors"]:
         rows.append({
-            "detector": row["detector"], "n": row["images"] or "-", "AUC": interval(row["auc"]),
+            "detector": row["detector"], **_cost_cells(row, metrics["costs"]), "n": row["images"] or "-",
+            "AUC": interval(row["auc"]),
             **{f"TPR@{t}%FPR": f"{interval(row[key])} at {row['realised_fpr'][key]:.2%}"
                for t, key in ((1, "tpr@1%"), (3, "tpr@3%"))},
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _cost_cells(row: dict, costs: dict) -> dict:
+    """What the detector needs, its UNet evaluations and seconds a prompt; nothing where costs were not measured."""
+    if not costs:
+        return {}
+    owner = OWNERS.get(row["detector"], row["detector"])
+    cost = costs.get(owner)
+    if cost is None or row["images"] is None:
+        return {"needs": "-", "UNet": "-", "s/prompt": "-"}
+    n = row["images"]
+    return {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.3g}"}
 
 
 def print_tables(all_metrics: list[dict], style: str) -> None:

@@ -42,8 +42,10 @@ def measure_costs(
     *,
     steps: int,
     batch_size: int,
-) -> dict[str, dict[str, float]]:
-    """``{detector: {"evaluations", "seconds"}}`` a prompt, each detector alone with one noise; ``all``: all together.
+) -> dict[str, dict]:
+    """``{detector: {"needs", "evaluations", "seconds"}}`` a prompt with one noise.
+
+    Each detector is run alone; ``all``: all of them together.
 
     The unconditional predictions on pure noise, made once a run, are left out.
     """
@@ -61,6 +63,7 @@ def measure_costs(
                 scorer(prompts[start : start + scorer.prompts_at_once])
             seconds = _now(pipe) - started
             costs[name] = {
+                "needs": group[0].needs if len(group) == 1 else "-",
                 "evaluations": round(counter.rows / len(prompts), 2),
                 "seconds": float(f"{seconds / len(prompts):.4g}"),
             }

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import GOLDEN
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import detect_eval
@@ -322,3 +324,68 @@ def test_evaluation_without_names_skips_what_has_no_labels(run_script, prompt_fi
 def test_evaluation_of_nothing(run_script, tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         run_script(detect_eval, tmp_path)
+
+
+def test_all_detectors_their_costs_and_what_is_learned(run_script, tmp_path, capsys):
+    rows = [
+        {"prompt": f"thing {i}", "label": i % 2, "family": f"f{i}", "split": "validation" if i < 12 else "test"}
+        for i in range(24)
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    detect(run_script, tmp_path / "run", path, "--detectors", "all", "--steps", 5, "--measure-costs", "--explain")
+    out = capsys.readouterr().out
+    assert "tokens that trigger them" in out and (tmp_path / "run" / "tokens.png").stat().st_size > 1000
+    run_script(detect_eval, tmp_path / "run", "--resamples", 100, "--no-plots")
+    table = capsys.readouterr().out
+    for name in ("anisotropy", "sharpness", "wen_5", "bright_ending", "attention_entropy", "p_laplace_prompt",
+                 "broken_memories", "learned: one trace", "text: capitals"):  # fmt: skip
+        assert f"| {name} " in table
+    costs = json.loads((tmp_path / "run" / "costs.json").read_text())
+    evaluations = {name: cost["evaluations"] for name, cost in costs.items()}
+    assert evaluations["wen"] == 10 and evaluations["p_laplace"] == 10 + 2 * 64
+    dearest = max(value for name, value in evaluations.items() if name != "all")
+    assert evaluations["all"] < 1.5 * dearest  # of five steps; of fifty it is far less
+
+
+def test_pictures_are_scored(run_script, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(255, size=(40, 50, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+    whole = ("--model", TINY, "--images", folder, "--out", tmp_path / "run", *CPU)
+    run_script(detect_mem, *whole)
+    rows, _ = read_lines(tmp_path / "run" / "scores.jsonl")
+    assert [row["image"] for row in rows] == [f"{i}.png" for i in range(5)]
+    assert all(row["p_laplace"] == row["p_laplace_prompt"] for row in rows)  # no prompt was given
+    complete = (tmp_path / "run" / "scores.jsonl").read_bytes()
+    (tmp_path / "run" / "scores.jsonl").write_bytes(complete[: len(complete) // 2])
+    run_script(detect_mem, *whole)
+    assert (tmp_path / "run" / "scores.jsonl").read_bytes() == complete
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "a kite"}\n')
+    with pytest.raises(InputError, match=r"says nothing of 1\.png"):
+        run_script(detect_mem, *whole)
+    with pytest.raises(InputError, match="anisotropy: scores prompts, not pictures"):
+        run_script(detect_mem, *whole, "--detectors", "anisotropy")
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(InputError, match=r"1\.png: no picture that can be read"):
+        run_script(detect_mem, *whole, "--overwrite")
+
+
+def test_sequential_scoring_spends_noises_on_the_undecided(run_script, tmp_path):
+    rows = [{"prompt": f"thing number {i}", "label": i % 2, "family": f"f{i}"} for i in range(24)]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="needs --calibration"):
+        detect(run_script, tmp_path / "x", path, "--sequential")
+    detect(run_script, tmp_path / "run", path, "--num-images", 8)
+    run_script(detect_eval, tmp_path / "run", "--calibrate", tmp_path / "c.yaml", "--fpr", "0.3")
+    detect(run_script, tmp_path / "seq", path, "--sequential", "--calibration", tmp_path / "c.yaml")
+    whole, few = (read_lines(tmp_path / name / "scores.jsonl")[0] for name in ("run", "seq"))
+    used = [len(row["noise_norm"]) for row in few]
+    assert set(used) <= {1, 2, 4, 8} and len(set(used)) > 1
+    for row, full in zip(few, whole, strict=True):
+        assert row["norm"] == pytest.approx(full["norm"][: len(row["norm"])], rel=1e-4)

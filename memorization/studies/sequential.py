@@ -1,0 +1,97 @@
+"""Noises where they are needed: ``python -m memorization.studies.sequential results/local/testbed-eps``
+
+From a run with 8 noises a prompt: AUC and TPR@1%FPR of the sequential mode against the mean number of UNet evaluations a
+prompt, beside fixed numbers of noises. Bands are fitted on the validation half at several risks, everything is
+measured on the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.evaluation import family_weights, image_mean, measure, threshold_at
+from memorization.results import read_json, read_lines, write_atomically
+from memorization.sequential import ROUNDS, fit_bands, noises_needed
+from memorization.tables import markdown
+
+RISKS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
+
+
+def study(rows: pd.DataFrame, detector: str, evaluations: int, fpr: float, resamples: int) -> pd.DataFrame:
+    """A row for each fixed number of noises and each risk.
+
+    Args:
+        rows: a run's lines, with ``label``, ``family`` and ``split``.
+        evaluations: UNet evaluations a prompt and noise.
+        fpr: of the threshold that the bands are fitted round.
+    """
+    noises = np.array(rows[detector].tolist())
+    labels, learn = rows["label"].to_numpy(), (rows["split"] == "validation").to_numpy()
+    threshold, _ = threshold_at(labels[learn], noises[learn].mean(1), fpr)
+    weights = family_weights(rows["family"].to_numpy()[~learn], labels[~learn], resamples)
+    found = []
+
+    def add(mode: str, scores: list[float], used: float) -> None:
+        metrics = measure(labels[~learn], np.array(scores), weights).values
+        found.append({"mode": mode, "noises": used, "UNet": used * evaluations,
+                      **{f"{key} {part}": value for key in ("auc", "tpr@1%")
+                         for part, value in zip(("value", "low", "high"), metrics[key], strict=True)}})  # fmt: skip
+
+    for n in ROUNDS:
+        add(f"fixed n = {n}", [image_mean(row, n) for row in noises[~learn]], n)
+    for risk in RISKS:
+        bands = fit_bands(noises[learn], threshold, risk)
+        used = [noises_needed(row, bands) for row in noises[~learn]]
+        scores = [image_mean(row, n) for row, n in zip(noises[~learn], used, strict=True)]
+        add(f"sequential, risk {risk:g}", scores, float(np.mean(used)))
+    return pd.DataFrame(found)
+
+
+def draw(table: pd.DataFrame, path: Path, title: str) -> None:
+    """AUC and TPR@1%FPR against UNet evaluations a prompt."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    for axis, key, name in zip(axes, ("auc", "tpr@1%"), ("AUC", "TPR@1%FPR"), strict=True):
+        for mode, group in table.groupby(table["mode"].str.split().str[0]):
+            axis.plot(group["UNet"], group[f"{key} value"], "o-", label=mode.rstrip(","))
+        axis.set(xlabel="UNet evaluations a prompt (log)", ylabel=name, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("run", type=Path, help="a run made with --num-images 8 on a list with validation and test rows")
+    add("--detector", default="anisotropy", help="default: %(default)s")
+    add("--evaluations", type=int, default=2, help="UNet evaluations a noise of that detector (default: %(default)s)")
+    add("--fpr", type=float, default=0.01, help="of the threshold on the validation half (default: %(default)s)")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    args = parser.parse_args()
+    if not (args.run / "run.json").is_file():
+        raise InputError(f"{args.run}: holds no run (no run.json); detect_mem.py makes one")
+    if read_json(args.run / "run.json")["settings"]["num_images"] != ROUNDS[-1]:
+        raise InputError(f"{args.run}: needs a run with --num-images {ROUNDS[-1]}")
+    rows = pd.DataFrame(read_lines(args.run / "scores.jsonl")[0])
+    if not {"label", "split", args.detector} <= set(rows):
+        raise InputError(f"{args.run}: needs labels, a column 'split' and scores by {args.detector}")
+    table = study(rows, args.detector, args.evaluations, args.fpr, args.resamples)
+    print(markdown(table.round(3)))
+    write_atomically(args.run / "sequential.csv", table.round(4).to_csv(index=False))
+    draw(table, args.run / "sequential.png", f"{args.run.name}: {args.detector}")
+    print(f"{args.run}/sequential.csv, sequential.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
