@@ -4,6 +4,7 @@
 #   bash run_detection.sh                      the shipped testbed models; on a CUDA machine Stable Diffusion 1.4 and 2 too
 #   bash run_detection.sh sd14 rv51            models of your choice: names from configs/, folders or hub ids
 #   NUM_IMAGES=1 SEEDS="51 53 42" bash run_detection.sh sd14
+#   bash run_detection.sh --all-detectors      every detector, with what each costs: into results/local/<model>-all
 #   DETECT_FLAGS="--variant eps" RESULTS=results/local-eps bash run_detection.sh testbed-v
 set -euo pipefail
 
@@ -14,6 +15,12 @@ DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
 
 source "$(dirname "$0")/setup_env.sh"
 
+suffix=
+if [ "${1:-}" = --all-detectors ]; then
+    shift
+    suffix=-all
+    DETECT_FLAGS="--detectors all --measure-costs $DETECT_FLAGS"
+fi
 models=("$@")
 if [ ${#models[@]} -eq 0 ]; then
     models=(testbed-eps testbed-v)
@@ -29,7 +36,7 @@ for model in "${models[@]}"; do
         sd14 | sd2 | rv51) "$PYTHON" -m memorization.prompts fetch > /dev/null || { failed+=("$model"); continue; } ;;
     esac
     for seed in $SEEDS; do
-        run="$RESULTS/$(basename "$model")"
+        run="$RESULTS/$(basename "$model")$suffix"
         [ "$seed" = 51 ] || run="$run-seed$seed"
         # shellcheck disable=SC2086
         if "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
