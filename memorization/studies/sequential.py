@@ -1,7 +1,7 @@
 """Noises where they are needed: ``python -m memorization.studies.sequential RUN``
 
-From a run with 8 noises a prompt: AUC and TPR@1%FPR of the sequential mode against the mean number of UNet evaluations a
-prompt, beside fixed numbers of noises. Bands are fitted on the validation half at several risks, everything is
+From a run with 8 noises a prompt: AUC and TPR@1%FPR of the sequential mode against the mean number of UNet evaluations
+a prompt, beside fixed numbers of noises. Bands are fitted on the validation half at several risks, everything is
 measured on the rest.
 """
 
