@@ -63,14 +63,22 @@ def boundary(
         points: scores taken on each sphere.
         batch_size: points of a sphere that go to ``score`` at once, for all centres.
     """
+    normals = random_directions(centres, points, generator)
+    return _mean(boundary_samples(score, centres, radius, powers, normals, batch_size))
+
+
+def boundary_samples(
+    score: Score, centres: Tensor, radius: float, powers: Sequence[float], normals: Tensor, batch_size: int = 64
+) -> Tensor:
+    """What :func:`boundary` averages, ``(powers, centres, points)``, at unit vectors ``normals (points, *shape)``."""
     check_powers(powers)
     norms, dots = [], []
-    for normal in random_directions(centres, points, generator).split(batch_size):
+    for normal in normals.split(batch_size):
         scores = score(centres[:, None] + radius * normal).float().flatten(2)
         norms.append(scores.norm(dim=2))
         dots.append((scores * normal.flatten(1)).sum(2))
     norm, dot = torch.cat(norms, 1), torch.cat(dots, 1)
-    return _mean(torch.stack([centres[0].numel() / radius * powered(norm, p - 2) * dot for p in powers]))
+    return torch.stack([centres[0].numel() / radius * powered(norm, p - 2) * dot for p in powers])
 
 
 def volume(

@@ -31,7 +31,7 @@ from testbed import data
 from testbed.train import HERE, SEED, UNET_BATCH, UNET_STEPS, Visits, seeded, to_tensor, usable_table
 
 COPY = 1.0  # normalised l2: half as far as the 50 nearest training pictures on average
-IMAGES, STEPS, GUIDANCE, NOISE_SEED = 8, 8, 7.5, 1234
+IMAGES, STEPS, GUIDANCE, NOISE_SEED = 8, 8, 3.0, 1234
 CAPTIONS_AT_ONCE = 4
 PICTURES = HERE / "pictures"
 ROOT = HERE.parent

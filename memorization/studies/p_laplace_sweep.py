@@ -1,0 +1,141 @@
+"""p-Laplace detection against p, noise level and number of points: ``python -m memorization.studies.p_laplace_sweep``
+
+On generated pictures of a labelled list's validation rows: AUC with and without the prompt. All p share the scores;
+N points are the first N of the largest number. A killed study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from memorization.detection import Scorer, default_batch_size, run_detection
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
+from memorization.p_laplace import boundary_samples, random_directions
+from memorization.prompts import read_prompts
+from memorization.results import ResultStore, read_lines, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
+POINTS = (4, 16, 64)
+
+
+@dataclass(frozen=True)
+class PLaplaceSweep:
+    """``<prompt|none>/p<p>/t<t>/N<points>``: values ``(rows,)``, higher means memorized."""
+
+    timesteps: tuple[int, ...]
+    seed: int = 0
+
+    name: ClassVar[str] = "p_laplace_sweep"
+    needs: ClassVar[str] = "image"
+    terms: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, clean: Tensor, predict) -> dict[str, Tensor]:
+        normals = random_directions(clean, max(POINTS), torch.Generator().manual_seed(self.seed))
+        found = {}
+        for t in self.timesteps:
+            alpha, sigma = predict.noise_scales(t)
+            radius = sigma * clean[0].numel() ** 0.5
+            for cond in (True, False):
+                score = partial(self._score, predict, t, sigma, cond)
+                samples = boundary_samples(score, alpha * clean, radius, POWERS, normals)
+                for p, values in zip(POWERS, samples, strict=True):
+                    for n in POINTS:
+                        found[f"{'prompt' if cond else 'none'}/p{p:g}/t{t}/N{n}"] = -values[:, :n].mean(1)
+        return found
+
+    @staticmethod
+    def _score(predict, t: int, sigma: float, cond: bool, x: Tensor) -> Tensor:
+        return -predict(x, t, cond) / sigma
+
+
+def balanced(frame: pd.DataFrame, each: int) -> pd.DataFrame:
+    """``each`` validation rows of either label (of all rows where the list has no splits), drawn by a seed."""
+    if "split" in frame:
+        frame = frame[frame["split"] == "validation"]
+    frame = frame.sample(frac=1, random_state=0)
+    return frame.groupby("label").head(each).reset_index(drop=True)
+
+
+def table_of(rows: list[dict]) -> pd.DataFrame:
+    """AUC by prompt, p, timestep and number of points."""
+    labels = [row["label"] for row in rows]
+    found = []
+    for key in (key for key in rows[0] if key.count("/") == 3):
+        prompt, p, t, n = key.split("/")
+        auc = roc_auc_score(labels, [np.mean(row[key]) for row in rows])
+        found.append({"prompt": prompt, "p": float(p[1:]), "t": int(t[1:]), "N": int(n[1:]), "auc": auc})
+    return pd.DataFrame(found)
+
+
+def draw(table: pd.DataFrame, path: Path, title: str) -> None:
+    """AUC against the noise level, a line a p; with the prompt on the left, without on the right."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for axis, prompt, name in zip(axes, ("prompt", "none"), ("with the prompt", "without"), strict=True):
+        chosen = table[(table["prompt"] == prompt) & (table["N"] == max(POINTS))]
+        for p, group in chosen.groupby("p"):
+            axis.plot(group["t"], group["auc"], "o-", markersize=4, label=f"p = {p:g}")
+        axis.axhline(0.5, color="grey", linewidth=0.8)
+        axis.set(xlabel="timestep t", title=f"{name}, N = {max(POINTS)}", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("AUC")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="testbed-eps", metavar="NAME|FOLDER|HUB_ID", help="default: %(default)s")
+    add("--prompts", type=Path, metavar="FILE", help="a labelled list (default: the model's own)")
+    add("--each", type=int, default=50, metavar="N", help="prompts of either label (default: %(default)s)")
+    add("--timesteps", type=int, nargs="+", default=[1, 10, 50, 200, 500], help="default: %(default)s")
+    add("--seed", type=int, default=51, help="of the noise (default: %(default)s)")
+    add("--dtype", help="default: the model's config, else by hardware")
+    add("--device", default="auto")
+    add("--out", type=Path, metavar="DIR", help="default: results/studies/p_laplace_sweep/<model>")
+    args = parser.parse_args()
+    spec = find_model(args.model)
+    path = args.prompts or (ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None)
+    if path is None or "label" not in (frame := read_prompts(path)):
+        raise InputError("needs a labelled list: give --prompts FILE with a column 'label'")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype or spec.dtype, device)
+    pipe = load_pipeline(spec, dtype, device)
+    out = args.out or ROOT / "results" / "studies" / "p_laplace_sweep" / spec.name
+    settings = {
+        "model": args.model, "revision": revision_of(pipe), "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "each": args.each, "timesteps": args.timesteps, "seed": args.seed, "dtype": dtype,
+    }  # fmt: skip
+    with ResultStore(out, settings, {"device": str(device)}) as store:
+        scorer = partial(Scorer, pipe, [PLaplaceSweep(tuple(args.timesteps))], num_images=1, seed=args.seed, steps=50)
+        run_detection(scorer, balanced(frame, args.each), store, batch_size=default_batch_size(pipe))
+        rows, _ = read_lines(store.scores)
+    table = table_of(rows)
+    shown = table.pivot_table(index=["prompt", "p", "N"], columns="t", values="auc")
+    print(f"AUC, {len(rows)} generated pictures; UNet evaluations: N with the prompt, N without\n{shown.round(3)}")
+    write_atomically(out / "auc.csv", table.round(4).to_csv(index=False))
+    draw(table, out / "auc.png", f"p-Laplace detection, {spec.name}, {len(rows)} pictures")
+    print(f"{out}/auc.csv, auc.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
