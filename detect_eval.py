@@ -38,11 +38,6 @@ from memorization.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
-CURVES = ("update_norm", "x0_norm")  # curves of Broken Memories
-OWNERS = {  # scores that are a term of a detector, or learned from one -> the detector that pays for them
-    "norm": "anisotropy", "cosine": "anisotropy", "wen_5": "wen", "wen_1": "wen", "layer_entropy": "attention_entropy",
-    "p_laplace_prompt": "p_laplace", "learned: one trace": "anisotropy",
-}  # fmt: skip
 ONE_TRACE = ("norm", "cosine", "one_step")  # what the learned combination is made of: a single trace's scores
 
 
@@ -82,9 +77,10 @@ class Run:
             return {}
         labels, learn = self.rows["label"].to_numpy(), (self.rows["split"] == "validation").to_numpy()
         scored, found = self.rows.index.isin(self.scored.index), {}
-        if curves := [name for name in CURVES if name in self.rows]:
-            values = np.concatenate([self._curves(name, images) for name in curves], axis=1)
-            found["broken_memories"] = z_score_size(values, learn & (labels == 0))[scored]
+        for detector, settings in self.settings["detectors"].items():
+            if curves := settings.get("curves"):
+                values = np.concatenate([self._curves(name, images) for name in curves], axis=1)
+                found[detector] = z_score_size(values, learn & (labels == 0))[scored]
         if len(terms := [name for name in ONE_TRACE if name in self.rows]) > len(ONE_TRACE) / 2:
             values = np.stack([self.scores(self.rows, name, images) for name in terms], axis=1)
             found["learned: one trace"] = learned_combination(values, labels, learn)[scored]
@@ -173,9 +169,8 @@ def _cost_cells(row: dict, costs: dict) -> dict:
     """What the detector needs, its UNet evaluations and seconds a prompt; nothing where costs were not measured."""
     if not costs:
         return {}
-    owner = OWNERS.get(row["detector"], row["detector"])
-    cost = costs.get(owner)
-    if cost is None or row["images"] is None:
+    cost = costs.get(row["detector"])
+    if cost is None or row["images"] is None:  # a term, a learned score, a text score: what they are made of pays
         return {"needs": "-", "UNet": "-", "s/prompt": "-"}
     n = row["images"]
     return {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.3g}"}
@@ -214,6 +209,8 @@ def draw(run: Run) -> None:
 
     labels, images = run.scored["label"].to_numpy(), run.settings["num_images"]
     scores = {name: run.scores(run.scored, name, images) for name in run.names}
+    if not scores:
+        return
     title = f"{run.folder.name}, n = {images}"
     plots.draw_roc(labels, scores, run.folder / "roc.png", title)
     plots.draw_distributions(labels, scores, run.folder / "distributions.png", title)
@@ -229,6 +226,8 @@ def calibrate(run: Run, target: float) -> dict:
     """Weights and thresholds from the validation rows (from all rows where the list has no splits)."""
     rows = run.without_split("test")
     labels, images = rows["label"].to_numpy(), run.settings["num_images"]
+    if run.settings.get("sequential"):
+        raise InputError(f"{run.folder}: a sequential run cannot calibrate; use one with a fixed --num-images")
     if set(labels) != {0, 1}:
         raise InputError(f"{run.folder}: the calibration rows have one class only; both are needed")
     detectors = {}
@@ -243,7 +242,7 @@ def calibrate(run: Run, target: float) -> dict:
             kept = {key: value for key, value in settings.items() if key != "terms"}
             entry["settings"] = {**kept, "norm_weight": norm_weight, "cosine_weight": cosine_weight}
         threshold, realised = threshold_at(labels, scores.mean(1), target)
-        if images == ROUNDS[-1]:
+        if images == ROUNDS[-1] and (scores.mean(1) >= threshold).any():
             entry["bands"] = {n: list(band) for n, band in fit_bands(scores, threshold).items()}
         detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised}
     return {

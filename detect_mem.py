@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--detectors", metavar="A,B|all", help="default: anisotropy,noise_norm, and p_laplace for --images")
     add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
     add("--seed", type=int, default=51, help="of the noise (default: %(default)s, the public code's)")
+    add("--set", action="append", default=[], metavar="DETECTOR.SETTING=VALUE", dest="assignments",
+        help="a detector's setting by its name in docs/detectors.md, as in p_laplace.timestep=50; may be repeated")
     add("--steps", type=int, default=50, help="of the DDIM grid that places the timesteps (default: %(default)s)")
     add("--variant", choices=["official", "eps"],
         help="official: the public code's numbers; eps: one meaning for every prediction type (default: official)")
@@ -150,13 +152,26 @@ def asked_of_anisotropy(args: argparse.Namespace) -> dict:
     return {key: getattr(args, key) for key in ANISOTROPY_FLAGS if getattr(args, key) is not None}
 
 
-def print_summary(store, detectors: list[str], thresholds: dict[str, float]) -> None:
-    """Where the scores are, and the prompts that score highest."""
+def assigned(args: argparse.Namespace, settings: dict[str, dict]) -> dict[str, dict]:
+    """Settings of the detectors, those of ``--set`` over ``settings``."""
+    for assignment in args.assignments:
+        name, _, value = assignment.partition("=")
+        detector, _, setting = name.partition(".")
+        if not value or not setting or not {detector, "all"} & set(args.detectors):
+            raise InputError(f"--set {assignment}: write DETECTOR.SETTING=VALUE, of a detector that --detectors names")
+        settings.setdefault(detector, {})[setting] = yaml.safe_load(value)
+    return settings
+
+
+def print_summary(store, first: str | None, thresholds: dict[str, float]) -> None:
+    """Where the scores are, and the prompts or pictures that score highest by ``first``."""
     from memorization.evaluation import image_mean
     from memorization.results import read_lines
 
     rows, _ = read_lines(store.scores)
-    first = detectors[0]
+    if first is None:
+        print(f"scores: {store.scores}")
+        return
     score = {row["id"]: image_mean(row[first]) for row in rows}
     threshold = thresholds.get(first)
     top = sorted(rows, key=lambda row: -score[row["id"]])
@@ -167,7 +182,7 @@ def print_summary(store, detectors: list[str], thresholds: dict[str, float]) -> 
         print(f"Highest {first} of {len(rows)} prompts:")
     for row in top[:10]:
         mark = "*" if threshold is not None and score[row["id"]] >= threshold else " "
-        print(f" {mark} {score[row['id']]:9.4g}  {row['prompt'][:100]}")
+        print(f" {mark} {score[row['id']]:9.4g}  {row.get('image', row['prompt'])[:100]}")
     print(f"scores: {store.scores}")
     if "label" in rows[0]:
         print(f"next:   python detect_eval.py {os.path.relpath(store.folder)}")
@@ -180,14 +195,17 @@ def read_images(args: argparse.Namespace, detectors: list) -> tuple:
     if unfit := [detector.name for detector in detectors if detector.needs != "image"]:
         raise InputError(f"{', '.join(unfit)}: scores prompts, not pictures; for --images there is p_laplace")
     frame = list_images(args.images)
-    digest = hashlib.sha256()
-    for path, prompt in zip(frame["image"], frame["prompt"], strict=True):
-        digest.update(Path(path).name.encode() + prompt.encode() + Path(path).read_bytes())
+    if "label" in frame and "family" not in frame:
+        frame["family"] = [Path(path).name for path in frame["image"]]
+    digest = hashlib.sha256(frame.to_csv().encode())
+    for path in frame["image"]:
+        digest.update(Path(path).read_bytes())
     return frame, {"images": digest.hexdigest()}
 
 
 def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[str, float]) -> None:
     """Print and draw which tokens trigger the flagged prompts, or the ten highest where there is no threshold."""
+    import torch
     from tqdm import tqdm
 
     from memorization.evaluation import image_mean
@@ -196,8 +214,10 @@ def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[
 
     rows = sorted(read_lines(store.scores)[0], key=lambda row: -image_mean(row[first]))
     chosen = [row for row in rows if image_mean(row[first]) >= thresholds[first]] if first in thresholds else rows[:10]
-    latents = pipe.pure_noise(args.num_images, args.seed)
-    explained = [token_significance(pipe, row["prompt"], latents) for row in tqdm(chosen, desc="explain")]
+    latents, t = pipe.pure_noise(args.num_images, args.seed), pipe.detection_timesteps(args.steps)[0]
+    with torch.no_grad():
+        uncond = pipe.predict_uncond(latents, [t]).eps[t]
+    explained = [token_significance(pipe, row["prompt"], latents, t, uncond) for row in tqdm(chosen, desc="explain")]
     print("tokens that trigger them, with their share of the prompt's significance:")
     for row, significance in zip(chosen, explained, strict=True):
         print(f"   {image_mean(row[first]):9.4g}  {as_text(significance)}")
@@ -211,6 +231,7 @@ def write_costs(args: argparse.Namespace, pipe, detectors: list, frame, store, b
     from memorization.results import write_atomically
 
     prompts = frame["prompt"].tolist()[:4]
+    batch_size = store.record.get("batch_size_used", batch_size)
     costs = measure_costs(pipe, detectors, prompts, steps=args.steps, batch_size=batch_size)
     write_atomically(store.folder / "costs.json", json.dumps(costs, indent=1) + "\n")
 
@@ -219,11 +240,12 @@ def settings_of(args: argparse.Namespace, pipe, detectors: list, hashes: dict, d
     """Everything the scores depend on."""
     from memorization.models import revision_of
 
+    kept = {d.name: {**vars(d), **{key: list(getattr(d, key)) for key in ("terms", "curves") if hasattr(d, key)}}
+            for d in detectors}  # fmt: skip
     return {
-        "model": args.model, "revision": revision_of(pipe), "prompts": hashes,
-        "detectors": {d.name: {**vars(d), "terms": list(d.terms)} for d in detectors},
+        "model": args.model, "revision": revision_of(pipe), "prompts": hashes, "detectors": kept,
         "num_images": args.num_images, "seed": args.seed, "steps": args.steps, "dtype": dtype,
-        "batch_size": batch_size, **({"sequential": True} if args.sequential else {}),
+        "batch_size": batch_size,
     }  # fmt: skip
 
 
@@ -246,13 +268,16 @@ def main() -> None:
     spec = find_model(args.model)
     calibrated, thresholds, bands = read_calibration(args)
     anisotropy = {**spec.anisotropy, **asked_of_anisotropy(args), **calibrated}
-    detectors = make_detectors(args.detectors, {"anisotropy": anisotropy})
-    first = detectors[0].name
+    detectors = make_detectors(args.detectors, assigned(args, {"anisotropy": anisotropy}))
+    first = next((detector.name for detector in detectors if detector.terms), None)  # others keep curves alone
+    if first is None and (args.explain or args.sequential):
+        raise InputError(f"{', '.join(args.detectors)}: has no score of its own, so nothing can be flagged by it")
     frame, hashes = read_images(args, detectors) if args.images else read_prompt_lists(args, spec)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
     pipe = load_pipeline(spec, dtype, device, images=bool(args.images))
-    report(frame, pipe)
+    if not args.images:
+        report(frame, pipe)
 
     batch_size = default_batch_size(pipe) if args.batch_size == "auto" else int(args.batch_size)
     checkpoint = Path(pipe.config["_name_or_path"])
@@ -261,19 +286,21 @@ def main() -> None:
     info = {"device": str(device), "checkpoint": str(checkpoint), "thresholds": thresholds}
     out = args.out or ROOT / "results" / "local" / spec.name
     settings = settings_of(args, pipe, detectors, hashes, dtype, batch_size)
+    if args.sequential:
+        if first not in bands:
+            raise InputError(f"{args.calibration}: has no bands for {first}; detect_eval.py --calibrate makes them")
+        settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands[first].items()]}
     with ResultStore(out, settings, info, args.overwrite) as store:
         common = dict(seed=args.seed, steps=args.steps)
         if args.images:
             run_images(pipe, frame, detectors, store, batch_size=batch_size)
         elif args.sequential:
-            if first not in bands:
-                raise InputError(f"{args.calibration}: has no bands for {first}; detect_eval.py --calibrate makes them")
             scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands[first], **common)
             run_detection(scorer, frame, store, batch_size=batch_size)
         else:
             scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, **common)
             run_detection(scorer, frame, store, batch_size=batch_size)
-    print_summary(store, [d.name for d in detectors], thresholds)
+    print_summary(store, first, thresholds)
     if args.explain:
         explain(args, pipe, store, first, thresholds)
     if args.measure_costs:

@@ -1,7 +1,7 @@
 """Gradient descent on prompt embeddings or latents against any differentiable score.
 
 Detectors that need a prompt are differentiable functions of a trace, and the predictions of the pipeline are
-differentiable in embeddings and latents, so one descent serves every mitigation. Needs torch alone.
+differentiable in embeddings and latents, so one descent serves every mitigation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def descend(
     free: Tensor | None = None,
     progress: bool = True,
 ) -> Descent:
-    """AdamW on every row of ``start`` at once; rows do not see one another.
+    """Adam on every row of ``start`` at once; rows do not see one another.
+
+    Wen et al. use AdamW; its decay pulls embeddings to zero for no reason of the method's, so there is none here.
 
     Args:
         loss_of: ``(iterates (k, ...), rows (k,)) -> losses (k,)``, the rows that are still moving and their numbers.
@@ -47,7 +49,7 @@ def descend(
         free: what may move, broadcast over ``start``; ones and zeros.
     """
     moving = start.detach().float().clone().requires_grad_()
-    optimizer = torch.optim.AdamW([moving], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.Adam([moving], lr=lr)
     best, lowest = start.detach().float().clone(), torch.full((len(start),), torch.inf, device=start.device)
     active = torch.ones(len(start), dtype=torch.bool, device=start.device)
     steps, losses = torch.zeros(len(start), dtype=torch.long, device=start.device), []

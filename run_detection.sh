@@ -16,12 +16,15 @@ DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
 source "$(dirname "$0")/setup_env.sh"
 
 suffix=
-if [ "${1:-}" = --all-detectors ]; then
-    shift
-    suffix=-all
-    DETECT_FLAGS="--detectors all --measure-costs $DETECT_FLAGS"
-fi
-models=("$@")
+models=()
+for argument in "$@"; do
+    if [ "$argument" = --all-detectors ]; then
+        suffix=-all
+        DETECT_FLAGS="--detectors all --measure-costs --dtype float32 $DETECT_FLAGS"
+    else
+        models+=("$argument")
+    fi
+done
 if [ ${#models[@]} -eq 0 ]; then
     models=(testbed-eps testbed-v)
     if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -72,5 +72,5 @@ def measure_costs(
 
 def _now(pipe: LocalStableDiffusionPipeline) -> float:
     if pipe.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(pipe.device)
     return time.perf_counter()

@@ -18,6 +18,8 @@ from memorization.results import ResultStore
 from memorization.sequential import ROUNDS, Bands, noises_needed
 from memorization.trajectory import end_of_text, generate
 
+KEPT = ("label", "family", "kind", "duplicates", "replication", "split")  # columns of a list that scores keep
+
 
 def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
     """Rows to a UNet call. CUDA starts high and is halved on out of memory; a CPU is best kept within its caches."""
@@ -57,6 +59,11 @@ class Scorer:
     ) -> None:
         self.pipe, self.batch_size, self.steps = pipe, batch_size, steps
         self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
+        if self.of["gradient"] and pipe.unet.dtype != torch.float32:
+            names = ", ".join(detector.name for detector in self.of["gradient"])
+            raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
+        if any(getattr(detector, "method", "") == "exact" for detector in detectors):
+            pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
         grid = pipe.detection_timesteps(steps)
         one_step = self.of["prompt"] + self.of["gradient"]
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
@@ -88,7 +95,7 @@ class Scorer:
         values = {}
         for detector in self.of["prompt"]:
             values |= detector([trace[self.timesteps[place]] for place in detector.steps])
-        predict = Predictor(self.pipe, embeds, self.batch_size)
+        predict = Predictor(self.pipe, embeds, self.uncond.embedding, self.batch_size)
         for detector in self.of["gradient"]:
             values |= detector([trace[self.timesteps[place]] for place in detector.steps], predict)
         return values
@@ -99,15 +106,18 @@ class Scorer:
         A row fills two places of a UNet call, so the prompt-image pairs go in halves of the batch size.
         """
         images = len(self.latents)
-        attention = any(detector.attention for detector in self.of["generation"])
-        ends = end_of_text(self.pipe, prompts) if attention else None
+        readers = [detector for detector in self.of["generation"] if hasattr(detector, "attention_steps")]
+        recorded = {i for detector in readers for i in detector.attention_steps(self.steps)}
+        ends = end_of_text(self.pipe, prompts)
         parts: dict[str, list[Tensor]] = {}
         for pairs in torch.arange(len(prompts) * images, device=embeds.device).split(max(1, self.batch_size // 2)):
             row_embeds, latents = embeds[pairs // images], self.latents[pairs % images]
-            predict = Predictor(self.pipe, row_embeds, self.batch_size)
+            predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
             kept = [[] for _ in self.of["generation"]]
-            row_ends = ends[pairs // images] if attention else None
-            for step in generate(self.pipe, row_embeds, latents, steps=self.steps, ends=row_ends):
+            for step in generate(
+                self.pipe, row_embeds, self.uncond.embedding, latents,
+                steps=self.steps, ends=ends[pairs // images], attention_steps=recorded,
+            ):  # fmt: skip
                 for detector, of_steps in zip(self.of["generation"], kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))
             for detector, of_steps in zip(self.of["generation"], kept, strict=True):
@@ -182,19 +192,26 @@ def run_detection(
 ) -> None:
     """Score ``prompts`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
 
-    On out of memory the batch size is halved, and that is noted in the store for a resumed run. Batches lie on a fixed
-    grid, so a resumed run computes its last batch again and writes the bytes that are missing.
+    Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
 
     Raises:
         InputError: not even one row fits into memory, or the model gave a value that is not finite.
     """
-    if store.done == len(prompts):
-        return None
+    if store.done < len(prompts):
+        store.start()
+        with_memory(lambda size: _score_all(make_scorer(batch_size=size), prompts, store), store, batch_size)
+
+
+def with_memory(work: Callable[[int], None], store: ResultStore, batch_size: int) -> None:
+    """``work(batch_size)``, again with half of it on out of memory, which is noted in the store for a resumed run.
+
+    Raises:
+        InputError: not even one row fits.
+    """
     batch_size = store.record.get("batch_size_used", batch_size)
-    store.start()
     while True:
         try:
-            return _score_all(make_scorer(batch_size=batch_size), prompts, store)
+            return work(batch_size)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -207,7 +224,7 @@ def run_detection(
 
 
 def _score_all(scorer: Scorer, prompts: pd.DataFrame, store: ResultStore) -> None:
-    keep = [column for column in ("label", "family", "kind", "duplicates", "replication", "split") if column in prompts]
+    keep = [column for column in KEPT if column in prompts]
     size = scorer.prompts_at_once
     with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
         for start in range(store.done // size * size, len(prompts), size):

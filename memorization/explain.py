@@ -27,15 +27,20 @@ class Significance(NamedTuple):
     values: Tensor
 
 
-def token_significance(pipe: LocalStableDiffusionPipeline, prompt: str, latents: Tensor) -> Significance:
-    """Gradient norms of the mean over ``latents (images, c, h, w)`` of || eps_c - eps_u || at the first step."""
-    t = pipe.detection_timesteps()[0]
+def token_significance(
+    pipe: LocalStableDiffusionPipeline, prompt: str, latents: Tensor, timestep: int, uncond: Tensor
+) -> Significance:
+    """Gradient norms of the mean over ``latents (images, c, h, w)`` of || eps_c - eps_u ||.
+
+    Args:
+        timestep: of the first step.
+        uncond: eps of the empty prompt on the same latents.
+    """
     with torch.no_grad():
-        uncond = pipe.predict_uncond(latents, [t]).eps[t]
         embeds = pipe.embed([prompt])
     with torch.enable_grad():
         embeds = embeds.float().requires_grad_()
-        cond = pipe.predict_noise(latents, t, embeds.expand(len(latents), -1, -1))
+        cond = pipe.predict_noise(latents, timestep, embeds.expand(len(latents), -1, -1))
         (gradient,) = torch.autograd.grad((cond - uncond).flatten(1).norm(dim=1).mean(), embeds)
     ids = pipe.tokenizer(prompt, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids[1:-1]
     tokens = [pipe.tokenizer.decode([token]).strip() for token in ids]

@@ -17,7 +17,7 @@ def learned_combination(terms: np.ndarray, labels: np.ndarray, learn: np.ndarray
 def z_score_size(curves: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Root mean square z-score of ``curves (rows, k)`` against the mean and spread of ``reference`` rows; ``(rows,)``.
 
-    The rule of Broken Memories (see memorization/detectors/broken_memories.py).
+    The rule of Broken Memories (see memorization/detectors/trajectory_z.py).
     """
     mean, spread = curves[reference].mean(0), curves[reference].std(0)
     spread[spread == 0] = 1.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detection import as_rows
+from memorization.detection import KEPT, as_rows, with_memory
 from memorization.detectors import Detector
 from memorization.errors import InputError
 from memorization.predictor import Predictor
@@ -34,7 +34,7 @@ def list_images(folder: Path) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise InputError(f"{folder}: holds no picture ({', '.join(sorted(SUFFIXES))})")
     frame = pd.DataFrame({"image": [str(path) for path in paths], "prompt": ""})
@@ -42,6 +42,8 @@ def list_images(folder: Path) -> pd.DataFrame:
     if not metadata.exists():
         return frame
     known = read_prompts(metadata, ("file_name",)).set_index("file_name")
+    if not known.index.is_unique:
+        raise InputError(f"{metadata}: says two things of {known.index[known.index.duplicated()][0]}")
     if missing := [path.name for path in paths if path.name not in known.index]:
         raise InputError(f"{metadata}: says nothing of {missing[0]}")
     return known.loc[[path.name for path in paths]].assign(image=frame["image"].tolist()).reset_index(drop=True)
@@ -54,11 +56,12 @@ def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
     Raises:
         InputError: a file is no picture.
     """
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = pipe.unet.config.sample_size
+    height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
     arrays = []
     for path in paths:
         try:
-            picture = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         except OSError as error:
             raise InputError(f"{path}: no picture that can be read ({error})") from None
         arrays.append(np.asarray(picture, dtype=np.float32) / 127.5 - 1)
@@ -77,14 +80,18 @@ def run_images(
     at_once: int = 4,
 ) -> None:
     """Score the pictures of :func:`list_images` into ``store``, from where it stopped, ``at_once`` together."""
-    if store.done == len(images):
-        return
-    store.start()
-    keep = [column for column in ("label", "family") if column in images]
+    if store.done < len(images):
+        store.start()
+        with_memory(lambda size: _score_all(pipe, images, detectors, store, size, at_once), store, batch_size)
+
+
+def _score_all(pipe, images: pd.DataFrame, detectors, store: ResultStore, batch_size: int, at_once: int) -> None:
+    keep = [column for column in KEPT if column in images]
+    empty = pipe.embed([""])
     first = store.done // at_once * at_once
     for start in tqdm(range(first, len(images), at_once), desc=store.folder.name, unit=f"{at_once} pictures"):
         batch = images.iloc[start : start + at_once]
-        predict = Predictor(pipe, pipe.embed(batch["prompt"].tolist()), batch_size)
+        predict = Predictor(pipe, pipe.embed(batch["prompt"].tolist()), empty, batch_size)
         clean, values = encode(pipe, batch["image"].tolist()), {}
         for detector in detectors:
             values |= {name: value[:, None] for name, value in detector(clean, predict).items()}

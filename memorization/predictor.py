@@ -13,12 +13,15 @@ class Predictor:
 
     Args:
         prompt_embeds: ``(rows, tokens, width)``: latents of row i are predicted under embedding i.
+        empty: the empty prompt's embedding, ``(1, tokens, width)``.
         batch_size: latents to a UNet call.
     """
 
-    def __init__(self, pipe: LocalStableDiffusionPipeline, prompt_embeds: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, pipe: LocalStableDiffusionPipeline, prompt_embeds: Tensor, empty: Tensor, batch_size: int
+    ) -> None:
         self.pipe, self.prompt_embeds, self.batch_size = pipe, prompt_embeds, batch_size
-        self.empty = pipe.embed([""]).expand_as(prompt_embeds)
+        self.empty = empty.expand_as(prompt_embeds)
 
     def __call__(self, latents: Tensor, timestep: int, cond: bool = True) -> Tensor:
         """eps of ``latents (rows, points, c, h, w)`` under the prompts, or under the empty prompt; float32."""

@@ -25,7 +25,7 @@ def naive_bayes(prompts: list[str], labels: np.ndarray, families: np.ndarray, fo
     folds, fewer folds are used.
     """
     smallest = min(len(set(families[labels == label])) for label in (0, 1))
-    if smallest < 2:
+    if smallest < 2 or not any(prompt.split() for prompt in prompts):
         return np.zeros(len(prompts))
     words = CountVectorizer(lowercase=True, ngram_range=(1, 2), token_pattern=r"\S+")
     cv = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=0)

@@ -5,8 +5,8 @@ A row is a pair of prompt and noise. Rows do not depend on one another, so any n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class Step(NamedTuple):
         prediction: latents, uncond and cond are each ``(rows, c, h, w)``.
         x0: the clean latents that the guided noise prediction implies.
         after: the latents of the next step.
-        attention: ``None`` unless asked for.
+        attention: ``None`` where it was not asked for.
     """
 
     index: int
@@ -72,7 +72,7 @@ class RecordingAttnProcessor(AttnProcessor):
 
 
 class AttentionRecorder:
-    """Collects the cross-attention of UNet calls whose second half is conditional.
+    """Collects the cross-attention of one UNet call whose second half is conditional.
 
     Args:
         ends: place of the end-of-text token of every row, ``(rows,)``.
@@ -93,11 +93,9 @@ class AttentionRecorder:
         small = end.unflatten(1, (round(self.size[0] / scale), -1))[:, None]
         self.maps.append(interpolate(small, self.size, mode="bilinear")[:, 0])
 
-    def take(self) -> Attention:
-        """What was collected since the last call."""
-        attention = Attention(torch.stack(self.tokens), torch.stack(self.maps).mean(0), self.ends)
-        self.tokens, self.maps = [], []
-        return attention
+    def attention(self) -> Attention:
+        """What was collected."""
+        return Attention(torch.stack(self.tokens), torch.stack(self.maps).mean(0), self.ends)
 
     @contextmanager
     def installed(self, unet) -> Iterator[None]:
@@ -121,38 +119,39 @@ def end_of_text(pipe: LocalStableDiffusionPipeline, prompts: Sequence[str]) -> T
 def generate(
     pipe: LocalStableDiffusionPipeline,
     prompt_embeds: Tensor,
+    empty: Tensor,
     latents: Tensor,
     *,
     steps: int = 50,
     guidance_scale: float = 7.5,
     ends: Tensor | None = None,
+    attention_steps: Collection[int] = (),
 ) -> Iterator[Step]:
     """DDIM (eta 0) from pure noise, on the detectors' grid, with classifier-free guidance.
 
     Args:
         prompt_embeds: ``(rows, tokens, width)``.
+        empty: the empty prompt's embedding, ``(1, tokens, width)``.
         latents: ``(rows, c, h, w)``, float32.
-        ends: from :func:`end_of_text`, a value a row; records the attention.
+        ends: from :func:`end_of_text`, a value a row; needed where attention is recorded.
+        attention_steps: indices of the steps whose attention is recorded.
     """
     scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, prediction_type="epsilon",
         clip_sample=False, thresholding=False,
     )  # fmt: skip
     scheduler.set_timesteps(steps)
-    embeds = torch.cat([pipe.embed([""]).expand_as(prompt_embeds), prompt_embeds])
-    recorder = None if ends is None else AttentionRecorder(ends, tuple(latents.shape[-2:]))
+    embeds = torch.cat([empty.expand_as(prompt_embeds), prompt_embeds])
+    blank = (prompt_embeds == empty).flatten(1).all(1)[:, None, None, None]
     for index, t in enumerate(scheduler.timesteps.tolist()):
-        if recorder:
-            with recorder.installed(pipe.unet):
-                eps = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds)
-        else:
-            eps = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds)
-        uncond, cond = eps.chunk(2)
+        recorder = AttentionRecorder(ends, tuple(latents.shape[-2:])) if index in attention_steps else None
+        with recorder.installed(pipe.unet) if recorder else nullcontext():
+            uncond, cond = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds).chunk(2)
+        cond = torch.where(blank, uncond, cond)  # as in the trace: the guidance vector of a blank prompt is 0
         prediction = NoisePrediction(
             t, latents, uncond, cond, *pipe.noise_scales(t), pipe.scheduler.config.prediction_type
         )
         result = scheduler.step(uncond + guidance_scale * (cond - uncond), t, latents)
-        yield Step(
-            index, prediction, result.pred_original_sample, result.prev_sample, recorder.take() if recorder else None
-        )
+        attention = recorder.attention() if recorder else None
+        yield Step(index, prediction, result.pred_original_sample, result.prev_sample, attention)
         latents = result.prev_sample

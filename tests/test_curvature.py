@@ -5,7 +5,7 @@ import torch
 from conftest import load_tiny
 
 from local_sd_pipeline import NoisePrediction
-from memorization.detectors.lid import LocalDimension
+from memorization.detectors.flipd import Flipd
 from memorization.detectors.one_step_denoising import OneStepDenoising
 from memorization.detectors.sharpness import Sharpness
 from memorization.predictor import Predictor
@@ -47,7 +47,7 @@ def test_sharpness_by_both_methods_on_a_unet():
     prompts, images = ["red kite", "two boats"], 2
     pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative in channels_last
     embeds = pipe.embed(prompts)
-    latents, predict = pipe.pure_noise(images, 5), Predictor(pipe, embeds, batch_size=3)
+    latents, predict = pipe.pure_noise(images, 5), Predictor(pipe, embeds, pipe.embed([""]), batch_size=3)
     with torch.no_grad():
         trace = [pipe.trace(embeds, latents, [981])[981]]
         exact, difference = (Sharpness(m)(trace, predict)["sharpness"] for m in ("exact", "difference"))
@@ -64,7 +64,7 @@ def test_sharpness_of_a_blank_prompt_is_zero():
 def test_dimension_of_a_linear_model():
     """FLIPD = d - sigma tr A + |A x|^2."""
     a, _, _, predict, trace = linear_model()
-    value = LocalDimension(probes=4000, step=0.1)(trace, predict)["lid"]
+    value = Flipd(probes=4000, step=0.1)(trace, predict)["flipd"]
     expected = 36 - SIGMA * a.diagonal(dim1=1, dim2=2).sum(1)[:, None] + trace[0].cond.flatten(2).square().sum(2)
     assert torch.allclose(-value, expected, atol=0.6)
 

@@ -117,6 +117,8 @@ def test_epsilon_checkpoints_have_one_meaning():
 
 def test_every_detector_gives_its_terms():
     for name, cls in DETECTORS.items():
+        if cls.needs != "prompt":  # the others are called in test_trajectory.py
+            continue
         detector = cls()
         values = detector([point(t=981, seed=1), point(t=41, seed=2)][: len(detector.steps)])
         assert tuple(values) == detector.terms and detector.terms[0] == name

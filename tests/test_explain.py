@@ -9,12 +9,19 @@ from memorization.detectors import make_detectors
 from memorization.explain import as_text, draw_significance, token_significance
 
 
+def explain(pipe, latents):
+    t = pipe.detection_timesteps()[0]
+    with torch.no_grad():
+        uncond = pipe.predict_uncond(latents, [t]).eps[t]
+    return token_significance(pipe, "red kite", latents, t, uncond)
+
+
 def test_significance_is_the_slope_of_the_norm():
     """Moving one token's embedding along its gradient changes the norm by significance times the way."""
     pipe = load_tiny("tiny-eps")
-    latents = pipe.pure_noise(2, 0)
-    explained = token_significance(pipe, "red kite", latents)
-    embeds, t = pipe.embed(["red kite"]), pipe.detection_timesteps()[0]
+    latents, t = pipe.pure_noise(2, 0), pipe.detection_timesteps()[0]
+    explained = explain(pipe, latents)
+    embeds = pipe.embed(["red kite"])
 
     def norm(e):
         trace = pipe.trace(e, latents, [t])[t]
@@ -34,7 +41,7 @@ def test_significance_is_the_slope_of_the_norm():
 
 def test_explanation_is_shown(tmp_path):
     pipe = load_tiny("tiny-eps")
-    explained = token_significance(pipe, "red kite", pipe.pure_noise(1, 0))
+    explained = explain(pipe, pipe.pure_noise(1, 0))
     assert as_text(explained).count("%") == min(3, len(explained.tokens))
     assert draw_significance([explained, explained], tmp_path / "tokens.png").stat().st_size > 1000
 
@@ -42,10 +49,11 @@ def test_explanation_is_shown(tmp_path):
 def test_costs_are_counted():
     """Two rows a prompt for the trace of two timesteps, two rows a step for a generation, and nothing twice."""
     pipe = load_tiny("tiny-eps")
-    detectors = make_detectors(["anisotropy", "noise_norm", "sharpness", "wen", "transition_norm"], {})
+    detectors = make_detectors(["anisotropy", "noise_norm", "sharpness", "trajectory_norm", "transition_norm"], {})
     costs = measure_costs(pipe, detectors, ["red kite", "two boats"], steps=6, batch_size=4)
     evaluations = {name: cost["evaluations"] for name, cost in costs.items()}
     assert evaluations == {
-        "anisotropy": 2, "noise_norm": 1, "sharpness": 5, "wen": 12, "transition_norm": 12, "all": 2 + 4 + 12,
+        "anisotropy": 2, "noise_norm": 1, "sharpness": 5, "trajectory_norm": 12, "transition_norm": 12,
+        "all": 2 + 4 + 12,
     }  # fmt: skip
     assert all(cost["seconds"] > 0 for cost in costs.values())

@@ -30,7 +30,7 @@ def test_a_row_stops_at_the_target_and_keeps_that_iterate():
     final = bowl(found.best, torch.arange(2))
     assert (final <= 0.25).all() and final[0] > 0.15
     assert found.losses[found.steps[0], 0] == pytest.approx(final[0].item())
-    assert found.losses[found.steps[0] + 1 :, 0].isnan().all()
+    assert found.steps[1] < found.steps[0] and found.losses[found.steps[1] + 1 :, 1].isnan().all()
 
 
 def test_best_iterate_is_returned_where_the_last_is_worse():

@@ -338,14 +338,12 @@ def test_all_detectors_their_costs_and_what_is_learned(run_script, tmp_path, cap
     assert "tokens that trigger them" in out and (tmp_path / "run" / "tokens.png").stat().st_size > 1000
     run_script(detect_eval, tmp_path / "run", "--resamples", 100, "--no-plots")
     table = capsys.readouterr().out
-    for name in ("anisotropy", "sharpness", "wen_5", "bright_ending", "attention_entropy", "p_laplace_prompt",
-                 "broken_memories", "learned: one trace", "text: capitals"):  # fmt: skip
+    for name in ("anisotropy", "sharpness", "trajectory_norm_5", "bright_ending", "attention_entropy",
+                 "p_laplace_prompt", "trajectory_z", "learned: one trace", "text: capitals"):  # fmt: skip
         assert f"| {name} " in table
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     evaluations = {name: cost["evaluations"] for name, cost in costs.items()}
-    assert evaluations["wen"] == 10 and evaluations["p_laplace"] == 10 + 2 * 64
-    dearest = max(value for name, value in evaluations.items() if name != "all")
-    assert evaluations["all"] < 1.5 * dearest  # of five steps; of fifty it is far less
+    assert evaluations["trajectory_norm"] == 10 and evaluations["p_laplace"] == 10 + 2 * 64
 
 
 def test_pictures_are_scored(run_script, tmp_path):

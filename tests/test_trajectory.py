@@ -14,8 +14,8 @@ from memorization.detectors import make_detectors
 from memorization.detectors.attention_entropy import AttentionEntropy
 from memorization.detectors.bright_ending import BrightEnding
 from memorization.detectors.noise_norm import NoiseNorm
+from memorization.detectors.trajectory_norm import TrajectoryNorm
 from memorization.detectors.transition import Transition, transition_point
-from memorization.detectors.wen import Wen
 from memorization.trajectory import Attention, Step, end_of_text, generate
 
 PROMPTS = ["a cat", "two dogs on a hill", ""]
@@ -39,7 +39,7 @@ def test_it_is_the_generation_of_the_pipeline_itself(pipe):
     """Same latents as diffusers' own ``__call__`` with DDIM on the same grid."""
     embeds, latents = rows_of(pipe)
     with torch.inference_mode():
-        *_, last = generate(pipe, embeds, latents, steps=10)
+        *_, last = generate(pipe, embeds, pipe.embed([""]), latents, steps=10)
         before = pipe.scheduler
         pipe.scheduler = DDIMScheduler.from_config(
             before.config, timestep_spacing="leading", steps_offset=1, clip_sample=False
@@ -56,24 +56,32 @@ def test_it_is_the_generation_of_the_pipeline_itself(pipe):
 def test_first_step_is_the_one_step_detector(pipe):
     embeds, latents = rows_of(pipe)
     with torch.inference_mode():
-        first = next(generate(pipe, embeds, latents))
+        first = next(generate(pipe, embeds, pipe.embed([""]), latents))
         t = pipe.detection_timesteps()[0]
         trace = pipe.trace(embeds, latents[:1], [t])[t]
-    kept = Wen().reduce(first, None)[None]
-    assert torch.allclose(Wen()(kept)["wen_1"], NoiseNorm()([trace])["noise_norm"][:, 0], rtol=1e-4, atol=1e-5)
+    kept = TrajectoryNorm().reduce(first, None)[None]
+    assert torch.allclose(
+        TrajectoryNorm()(kept)["trajectory_norm_1"], NoiseNorm()([trace])["noise_norm"][:, 0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_wen_averages_the_first_steps():
-    values = Wen()(torch.arange(50.0)[:, None])
-    assert {name: value.item() for name, value in values.items()} == {"wen": 24.5, "wen_5": 2.0, "wen_1": 0.0}
+    values = TrajectoryNorm()(torch.arange(50.0)[:, None])
+    assert {name: value.item() for name, value in values.items()} == {
+        "trajectory_norm": 24.5,
+        "trajectory_norm_5": 2.0,
+        "trajectory_norm_1": 0.0,
+    }
 
 
 def test_recorded_attention_is_a_distribution_and_changes_nothing(pipe):
     embeds, latents = rows_of(pipe)
     processors = dict(pipe.unet.attn_processors)
     with torch.inference_mode():
-        plain = next(generate(pipe, embeds, latents))
-        recorded = next(generate(pipe, embeds, latents, ends=end_of_text(pipe, PROMPTS)))
+        plain = next(generate(pipe, embeds, pipe.embed([""]), latents))
+        recorded = next(
+            generate(pipe, embeds, pipe.embed([""]), latents, ends=end_of_text(pipe, PROMPTS), attention_steps=[0])
+        )
     assert torch.allclose(plain.after, recorded.after, atol=1e-4)
     tokens, end, _ = recorded.attention
     layers = sum(".attn2." in name for name in processors)
@@ -85,12 +93,22 @@ def test_recorded_attention_is_a_distribution_and_changes_nothing(pipe):
 
 def test_rows_do_not_depend_on_one_another(pipe):
     embeds, latents = rows_of(pipe)
-    detectors = [Wen(), BrightEnding(), AttentionEntropy()]
+    detectors = [TrajectoryNorm(), BrightEnding(), AttentionEntropy()]
 
     def scores(chosen):
         ends = end_of_text(pipe, [PROMPTS[i] for i in chosen])
         with torch.inference_mode():
-            steps = list(generate(pipe, embeds[chosen], latents[chosen], steps=5, ends=ends))
+            steps = list(
+                generate(
+                    pipe,
+                    embeds[chosen],
+                    pipe.embed([""]),
+                    latents[chosen],
+                    steps=5,
+                    ends=ends,
+                    attention_steps=range(5),
+                )
+            )
         return [d(torch.stack([d.reduce(s, None) for s in steps])) for d in detectors]
 
     for together, alone in zip(scores([0, 1]), scores([1]), strict=True):
@@ -142,4 +160,4 @@ def test_all_detectors_together_whatever_the_batch_size():
         for name in names:
             assert np.array(a[name]) == pytest.approx(np.array(b[name]), rel=1e-3, abs=1e-4)
             assert np.array(a[name]).shape[0] == 2
-    assert large[2]["wen"] == [0, 0]  # the blank prompt
+    assert large[2]["trajectory_norm"] == [0, 0]  # the blank prompt

@@ -12,6 +12,7 @@ What a detector ``needs`` says what it is given:
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -19,15 +20,15 @@ from torch import Tensor
 from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.attention_entropy import AttentionEntropy
 from memorization.detectors.bright_ending import BrightEnding
-from memorization.detectors.broken_memories import BrokenMemories
+from memorization.detectors.flipd import Flipd
 from memorization.detectors.guidance_flux import GuidanceFlux
-from memorization.detectors.lid import LocalDimension
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.detectors.one_step_denoising import OneStepDenoising
 from memorization.detectors.p_laplace import PLaplace
 from memorization.detectors.sharpness import Sharpness
+from memorization.detectors.trajectory_norm import TrajectoryNorm
+from memorization.detectors.trajectory_z import TrajectoryZ
 from memorization.detectors.transition import Transition
-from memorization.detectors.wen import Wen
 from memorization.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ class GradientDetector(Detector, Protocol):
 
 
 class GenerationDetector(Detector, Protocol):
-    """Needs ``generation``."""
+    """Needs ``generation``.
 
-    attention: bool  # whether it reads the steps' attention
+    One that reads the attention also has ``attention_steps(steps)``: the indices at which it is to be recorded.
+    """
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         """What to keep of a step, ``(rows, ...)``."""
@@ -87,8 +89,8 @@ class ImageDetector(Detector, Protocol):
 DETECTORS: dict[str, type[Detector]] = {
     cls.name: cls
     for cls in (
-        Anisotropy, NoiseNorm, OneStepDenoising, Sharpness, LocalDimension, Wen, BrightEnding, AttentionEntropy,
-        Transition, BrokenMemories, GuidanceFlux, PLaplace,
+        Anisotropy, NoiseNorm, OneStepDenoising, Sharpness, Flipd, TrajectoryNorm, BrightEnding, AttentionEntropy,
+        Transition, TrajectoryZ, GuidanceFlux, PLaplace,
     )
 }  # fmt: skip
 
@@ -97,10 +99,14 @@ def make_detectors(names: list[str], settings: dict[str, dict]) -> list[Detector
     """Detectors by name, each with its own settings; the name ``all`` stands for every one.
 
     Raises:
-        InputError: for a name that is not in ``DETECTORS``.
+        InputError: for a name that is not in ``DETECTORS``, or a setting that the detector has not.
     """
     if names == ["all"]:
         names = list(DETECTORS)
     if unknown := [name for name in names if name not in DETECTORS]:
         raise InputError(f"unknown detector {', '.join(unknown)}; there are: {', '.join(DETECTORS)}, or all")
+    for name, chosen in settings.items():
+        known = [field.name for field in fields(DETECTORS[name])]
+        if unknown := [setting for setting in chosen if setting not in known]:
+            raise InputError(f"{name} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
     return [DETECTORS[name](**settings.get(name, {})) for name in dict.fromkeys(names)]

@@ -39,10 +39,15 @@ class AttentionEntropy:
     name: ClassVar[str] = "attention_entropy"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "layer_entropy")
-    attention: ClassVar[bool] = True
+
+    @staticmethod
+    def attention_steps(steps: int) -> list[int]:
+        return [0, *range(steps - max(1, steps // 5), steps)]
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         """E of all layers together, its part from padding, and E of the one layer: ``(rows, 3)``."""
+        if step.attention is None:
+            return step.prediction.cond.new_full((len(step.prediction.cond), 3), torch.nan)
         tokens = step.attention.tokens
         together, one = _surprise(tokens.mean(0)), _surprise(tokens[min(self.layer, len(tokens) - 1)])
         padding = torch.arange(tokens.shape[-1], device=tokens.device) >= step.attention.ends[:, None]

@@ -31,10 +31,15 @@ class BrightEnding:
     name: ClassVar[str] = "bright_ending"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("bright_ending",)
-    attention: ClassVar[bool] = True
+
+    @staticmethod
+    def attention_steps(steps: int) -> range:
+        return range(steps - 1, steps)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
-        return torch.stack([step.prediction.guidance.square().sum(1), step.attention.end], dim=1)
+        energy = step.prediction.guidance.square().sum(1)
+        mask = torch.zeros_like(energy) if step.attention is None else step.attention.end
+        return torch.stack([energy, mask], dim=1)
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:
         mask = kept[-1, :, 1]

@@ -3,7 +3,7 @@
 A follow-up of p-Laplace detection (see memorization/detectors/p_laplace.py): the boundary estimator at p = 1, on the
 field d = eps_c - eps_u instead of the score,
 
-    - E_n[ cos( -d(x_t + R n), n ) ],   R = sigma_t sqrt(dim)
+    - E_n[ cos( -d(alpha_t x0_hat + R n), n ) ],   R = sigma_t sqrt(dim)
 
 averaged over steps of a generation. -d points to where the prompt pulls: it converges on a memorized picture.
 
@@ -37,22 +37,20 @@ class GuidanceFlux:
     """
 
     every: int = 10
-    points: int = 4
+    points: int = 2
     seed: int = 0
 
     name: ClassVar[str] = "guidance_flux"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("guidance_flux",)
-    attention: ClassVar[bool] = False
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
-        x, t = step.prediction.latents, step.prediction.timestep
+        t, dimension = step.prediction.timestep, step.x0[0].numel()
         if step.index % self.every:
-            return x.new_full((len(x),), torch.nan)
-        dimension = x[0].numel()
+            return step.x0.new_full((len(step.x0),), torch.nan)
         radius = step.prediction.sigma * dimension**0.5
         flux = boundary(
-            lambda y: predict(y, t, cond=False) - predict(y, t, cond=True), x, radius, [1.0],
+            lambda y: predict(y, t, cond=False) - predict(y, t), step.prediction.alpha * step.x0, radius, [1.0],
             points=self.points, generator=torch.Generator().manual_seed(self.seed), batch_size=self.points,
         ).value[0]  # fmt: skip
         return -flux * radius / dimension

@@ -35,7 +35,6 @@ class Transition:
     name: ClassVar[str] = "transition_norm"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("transition_norm",)
-    attention: ClassVar[bool] = False
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return step.prediction.guidance.flatten(1).norm(dim=1)

@@ -141,7 +141,7 @@ def read_benchmarks(args) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]
                 frames[title]["kind"] = kinds["kind"].reindex(range(len(frames[title]))).to_numpy()
         lists = {name: read_prompts(args.lists / name)["prompt"].tolist() for name in names}
     for frame in frames.values():
-        if "family" not in frame:
+        if "family" not in frame or not frame["family"].map(bool).all():
             frame["family"] = near_copy_families(frame["prompt"].tolist())
     return frames, lists
 
@@ -155,6 +155,8 @@ def main() -> None:
     add("--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)")
     add("--out", type=Path, default=Path("results/studies/benchmark_audit"), help="default: %(default)s")
     args = parser.parse_args()
+    if args.resamples < 100:
+        parser.error("--resamples is at least 100")
     tokenizer = load_tokenizer(args.tokenizer)
     frames, lists = read_benchmarks(args)
     first = [audit(name, frame, args.resamples) for name, frame in tqdm(frames.items(), desc="audit", unit="list")]

@@ -6,7 +6,6 @@ N points are the first N of the largest number. A killed study goes on where it 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from memorization.detection import Scorer, default_batch_size, run_detection
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
+from memorization.errors import ArgumentParser, run_script
 from memorization.p_laplace import boundary_samples, random_directions
-from memorization.prompts import read_prompts
 from memorization.results import ResultStore, read_lines, write_atomically
+from memorization.studies.labelled import add_arguments, open_subject
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
 POINTS = (4, 16, 64)
 
@@ -65,11 +62,8 @@ class PLaplaceSweep:
 
 
 def balanced(frame: pd.DataFrame, each: int) -> pd.DataFrame:
-    """``each`` validation rows of either label (of all rows where the list has no splits), drawn by a seed."""
-    if "split" in frame:
-        frame = frame[frame["split"] == "validation"]
-    frame = frame.sample(frac=1, random_state=0)
-    return frame.groupby("label").head(each).reset_index(drop=True)
+    """``each`` rows of either label, drawn by a seed."""
+    return frame.sample(frac=1, random_state=0).groupby("label").head(each).reset_index(drop=True)
 
 
 def table_of(rows: list[dict]) -> pd.DataFrame:
@@ -103,38 +97,26 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
+    add_arguments(parser)
     add = parser.add_argument
-    add("--model", default="testbed-eps", metavar="NAME|FOLDER|HUB_ID", help="default: %(default)s")
-    add("--prompts", type=Path, metavar="FILE", help="a labelled list (default: the model's own)")
     add("--each", type=int, default=50, metavar="N", help="prompts of either label (default: %(default)s)")
     add("--timesteps", type=int, nargs="+", default=[1, 10, 50, 200, 500], help="default: %(default)s")
-    add("--seed", type=int, default=51, help="of the noise (default: %(default)s)")
-    add("--dtype", help="default: the model's config, else by hardware")
-    add("--device", default="auto")
-    add("--out", type=Path, metavar="DIR", help="default: results/studies/p_laplace_sweep/<model>")
     args = parser.parse_args()
-    spec = find_model(args.model)
-    path = args.prompts or (ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None)
-    if path is None or "label" not in (frame := read_prompts(path)):
-        raise InputError("needs a labelled list: give --prompts FILE with a column 'label'")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype or spec.dtype, device)
-    pipe = load_pipeline(spec, dtype, device)
-    out = args.out or ROOT / "results" / "studies" / "p_laplace_sweep" / spec.name
-    settings = {
-        "model": args.model, "revision": revision_of(pipe), "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "each": args.each, "timesteps": args.timesteps, "seed": args.seed, "dtype": dtype,
-    }  # fmt: skip
-    with ResultStore(out, settings, {"device": str(device)}) as store:
-        scorer = partial(Scorer, pipe, [PLaplaceSweep(tuple(args.timesteps))], num_images=1, seed=args.seed, steps=50)
-        run_detection(scorer, balanced(frame, args.each), store, batch_size=default_batch_size(pipe))
+    if args.each < 1 or not all(0 < t < 1000 for t in args.timesteps):
+        parser.error("--each is at least 1, --timesteps lie between 1 and 999")
+    subject = open_subject(args, "p_laplace_sweep")
+    settings = {**subject.settings, "each": args.each, "timesteps": args.timesteps}
+    with ResultStore(subject.out, settings, {}) as store:
+        sweep = PLaplaceSweep(tuple(args.timesteps))
+        scorer = partial(Scorer, subject.pipe, [sweep], num_images=1, seed=args.seed, steps=50)
+        run_detection(scorer, balanced(subject.frame, args.each), store, batch_size=default_batch_size(subject.pipe))
         rows, _ = read_lines(store.scores)
     table = table_of(rows)
     shown = table.pivot_table(index=["prompt", "p", "N"], columns="t", values="auc")
-    print(f"AUC, {len(rows)} generated pictures; UNet evaluations: N with the prompt, N without\n{shown.round(3)}")
-    write_atomically(out / "auc.csv", table.round(4).to_csv(index=False))
-    draw(table, out / "auc.png", f"p-Laplace detection, {spec.name}, {len(rows)} pictures")
-    print(f"{out}/auc.csv, auc.png")
+    print(f"AUC, {len(rows)} generated pictures; N UNet evaluations with the prompt, N without\n{shown.round(3)}")
+    write_atomically(subject.out / "auc.csv", table.round(4).to_csv(index=False))
+    draw(table, subject.out / "auc.png", f"p-Laplace detection, {subject.spec.name}, {len(rows)} pictures")
+    print(f"{subject.out}/auc.csv, auc.png")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from memorization.detectors import DETECTORS
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.evaluation import family_weights, image_mean, measure, threshold_at
 from memorization.results import read_json, read_lines, write_atomically
@@ -75,18 +76,24 @@ def main() -> None:
     add = parser.add_argument
     add("run", type=Path, help="a run made with --num-images 8 on a list with validation and test rows")
     add("--detector", default="anisotropy", help="default: %(default)s")
-    add("--evaluations", type=int, default=2, help="UNet evaluations a noise of that detector (default: %(default)s)")
     add("--fpr", type=float, default=0.01, help="of the threshold on the validation half (default: %(default)s)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     args = parser.parse_args()
     if not (args.run / "run.json").is_file():
         raise InputError(f"{args.run}: holds no run (no run.json); detect_mem.py makes one")
-    if read_json(args.run / "run.json")["settings"]["num_images"] != ROUNDS[-1]:
-        raise InputError(f"{args.run}: needs a run with --num-images {ROUNDS[-1]}")
+    settings = read_json(args.run / "run.json")["settings"]
+    if settings["num_images"] != ROUNDS[-1] or settings.get("sequential"):
+        raise InputError(f"{args.run}: needs a run with a fixed --num-images {ROUNDS[-1]}")
     rows = pd.DataFrame(read_lines(args.run / "scores.jsonl")[0])
     if not {"label", "split", args.detector} <= set(rows):
         raise InputError(f"{args.run}: needs labels, a column 'split' and scores by {args.detector}")
-    table = study(rows, args.detector, args.evaluations, args.fpr, args.resamples)
+    steps = getattr(DETECTORS.get(args.detector), "steps", None)
+    if steps is None:
+        raise InputError(f"{args.detector}: the study is of detectors that need a prompt alone")
+    try:
+        table = study(rows, args.detector, len(steps), args.fpr, args.resamples)
+    except ValueError as error:
+        raise InputError(f"{args.run}: {error}") from None
     print(markdown(table.round(3)))
     write_atomically(args.run / "sequential.csv", table.round(4).to_csv(index=False))
     draw(table, args.run / "sequential.png", f"{args.run.name}: {args.detector}")

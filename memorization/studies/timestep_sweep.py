@@ -7,7 +7,6 @@ norms separate at high noise and angles at low noise. A killed study goes on whe
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +22,11 @@ import torch
 from torch import Tensor
 
 from memorization.detection import Scorer, default_batch_size, run_detection
-from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.errors import ArgumentParser, run_script
 from memorization.evaluation import image_mean, roc, tpr_at_fpr
 from memorization.features import FEATURES, features
-from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
-from memorization.prompts import read_prompts
 from memorization.results import ResultStore, read_lines, write_atomically
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from memorization.studies.labelled import Subject, add_arguments, open_subject
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,6 @@ class GenerationSweep:
     name: ClassVar[str] = "generation_sweep"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ()
-    attention: ClassVar[bool] = False
 
     def reduce(self, step, predict) -> Tensor:
         found = features(step.prediction)
@@ -109,61 +104,40 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def read_labelled(args, spec) -> tuple[Path, pd.DataFrame]:
-    """The list to sweep over, with labels."""
-    path = args.prompts or (ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None)
-    if path is None:
-        raise InputError(f"model {spec.name!r} has no labelled list of its own: give --prompts FILE")
-    frame = read_prompts(path)
-    if "label" not in frame or frame["label"].nunique() < 2:
-        raise InputError(f"{path}: needs a column 'label' that holds both 0 and 1")
-    return path, frame
-
-
-def sweep(args, spec, path: Path, frame: pd.DataFrame, out: Path) -> tuple[list[dict], dict[int, int]]:
+def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     """The lines of the store, and place -> timestep."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype or spec.dtype, device)
-    pipe = load_pipeline(spec, dtype, device)
+    pipe = subject.pipe
     grid = pipe.detection_timesteps()
     places = tuple(sorted({*range(0, len(grid), args.every), len(grid) - 3, len(grid) - 1}))
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
     settings = {
-        "model": args.model, "revision": revision_of(pipe), "places": list(places), "dtype": dtype, "seed": args.seed,
-        "prompts": hashlib.sha256(path.read_bytes()).hexdigest(), "generation": not args.no_generation,
+        **subject.settings, "places": list(places), "generation": not args.no_generation,
         "num_images": args.num_images,
     }  # fmt: skip
-    with ResultStore(out, settings, {"device": str(device)}) as store:
-        make_scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=50)
-        run_detection(make_scorer, frame, store, batch_size=default_batch_size(pipe))
+    with ResultStore(subject.out, settings, {}) as store:
+        scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=len(grid))
+        run_detection(scorer, subject.frame, store, batch_size=default_batch_size(pipe))
         return read_lines(store.scores)[0], {place: grid[place] for place in places}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
+    add_arguments(parser)
     add = parser.add_argument
-    add("--model", default="testbed-eps", metavar="NAME|FOLDER|HUB_ID", help="default: %(default)s")
-    add("--prompts", type=Path, metavar="FILE", help="a labelled list (default: the model's own)")
     add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
-    add("--seed", type=int, default=51, help="of the noise (default: %(default)s)")
     add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
-    # Features are chosen on validation and confirmed on test.
-    add("--split", choices=["validation", "test", "all"], default="validation", help="default: %(default)s")
-    add("--dtype", help="default: the model's config, else by hardware")
-    add("--device", default="auto")
-    add("--out", type=Path, metavar="DIR", help="default: results/studies/timestep_sweep/<model>")
     args = parser.parse_args()
-    spec = find_model(args.model)
-    path, frame = read_labelled(args, spec)
-    out = args.out or ROOT / "results" / "studies" / "timestep_sweep" / spec.name
-    rows, timesteps = sweep(args, spec, path, frame, out)
-    table = sweep_table([row for row in rows if args.split in ("all", row.get("split", args.split))], timesteps)
+    if args.every < 1 or args.num_images < 1:
+        parser.error("--every and --num-images are at least 1")
+    subject = open_subject(args, "timestep_sweep")
+    rows, timesteps = sweep(args, subject)
+    table = sweep_table(rows, timesteps)
     shown = table.pivot_table(index=["latents", "feature"], columns="t", values="auc", sort=False)
-    print(f"AUC, {args.split} rows of {path.name}\n{shown.round(3).to_string()}")
-    write_atomically(out / f"{args.split}.csv", table.round(4).to_csv(index=False))
-    draw(table, out / f"{args.split}.png", f"{spec.name}, {args.split} rows, n = {args.num_images}")
-    print(f"{out / args.split}.csv, .png")
+    print(f"AUC, {len(rows)} prompts\n{shown.round(3).to_string()}")
+    write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
+    draw(table, subject.out / "sweep.png", f"{subject.spec.name}, {args.split} rows, n = {args.num_images}")
+    print(f"{subject.out}/table.csv, sweep.png")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LocalDimension:
-    """``lid`` (minus FLIPD, in latent dimensions): values ``(prompts, images)``, higher means memorized.
+class Flipd:
+    """``flipd`` (minus FLIPD, in latent dimensions): values ``(prompts, images)``, higher means memorized.
 
     Args:
         probes: directions of the trace estimate.
@@ -34,20 +34,20 @@ class LocalDimension:
         seed: of the directions.
     """
 
-    probes: int = 4
+    probes: int = 2
     step: float = 1e-2
     seed: int = 0
 
-    name: ClassVar[str] = "lid"
+    name: ClassVar[str] = "flipd"
     needs: ClassVar[str] = "gradient"
     steps: ClassVar[tuple[int, ...]] = (0,)
-    terms: ClassVar[tuple[str, ...]] = ("lid",)
+    terms: ClassVar[tuple[str, ...]] = ("flipd",)
 
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace
         generator = torch.Generator().manual_seed(self.seed)
         latents = first.latents.expand_as(first.cond)
-        shape = first.latents.shape
+        shape = first.latents.shape[1:]  # one direction for all images
         trace_of = 0
         for _ in range(self.probes):
             sign = (torch.randint(2, shape, generator=generator) * 2.0 - 1).to(latents.device)
@@ -55,4 +55,4 @@ class LocalDimension:
             trace_of = trace_of + ((ahead - behind) * sign).flatten(2).sum(2) / (2 * self.step * self.probes)
         dimension = latents[0, 0].numel()
         flipd = dimension - first.sigma * trace_of + first.cond.flatten(2).square().sum(2)
-        return {"lid": -flipd}
+        return {"flipd": -flipd}

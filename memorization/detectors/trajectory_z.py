@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BrokenMemories:
+class TrajectoryZ:
     """Curves ``update_norm`` and ``x0_norm``: ``(rows, kept steps)``.
 
     Args:
@@ -32,11 +32,10 @@ class BrokenMemories:
 
     every: int = 5
 
-    name: ClassVar[str] = "broken_memories"
+    name: ClassVar[str] = "trajectory_z"
     needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[str, ...]] = ("update_norm", "x0_norm")
-    attention: ClassVar[bool] = False
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         moved = (step.after - step.prediction.latents).flatten(1).norm(dim=1)

@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wen:
-    """``wen`` (all steps) with its terms ``wen_5`` and ``wen_1``: values ``(rows,)``, at least 0."""
+class TrajectoryNorm:
+    """``trajectory_norm`` (K = all steps) with its terms for K = 5 and 1: values ``(rows,)``, at least 0."""
 
-    name: ClassVar[str] = "wen"
+    name: ClassVar[str] = "trajectory_norm"
     needs: ClassVar[str] = "generation"
-    terms: ClassVar[tuple[str, ...]] = ("wen", "wen_5", "wen_1")
-    attention: ClassVar[bool] = False
+    terms: ClassVar[tuple[str, ...]] = ("trajectory_norm", "trajectory_norm_5", "trajectory_norm_1")
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return step.prediction.guidance.flatten(1).norm(dim=1)
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:
-        return {"wen": kept.mean(0), "wen_5": kept[:5].mean(0), "wen_1": kept[0]}
+        return {"trajectory_norm": kept.mean(0), "trajectory_norm_5": kept[:5].mean(0), "trajectory_norm_1": kept[0]}
