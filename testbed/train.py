@@ -316,7 +316,7 @@ def usable_table() -> pd.DataFrame:
     return table[table["name"].isin(data.load_sprites(table))].reset_index(drop=True)
 
 
-UNET_STEPS, UNET_BATCH = {"eps": 4000, "v": 1200}, 32
+UNET_STEPS, UNET_BATCH = {"eps": 4000, "v": 1800}, 32
 STAGES = {
     "vae": train_vae,
     "text": train_text,

@@ -1,9 +1,14 @@
 """Measure what a testbed model has really memorized and write its labelled list: ``python -m testbed.verify eps``.
 
 For every caption of every kind, 8 images are generated from the same 8 noises and compared with the training pictures.
-An image is a copy if its normalised pixel l2 to the caption's own training picture (captions of fixed scenes) or to the
-nearest of all training pictures (other captions) is below ``COPY``. ``replication`` is the share of copies among the 8,
-``label`` is 1 where it is at least one half. SSCD is recorded beside it where its weights can be had.
+An image is a copy if its normalised pixel l2 to the caption's own training picture is below ``COPY`` (captions of fixed
+scenes), or that to the nearest of all training pictures below ``COPY_OF_ANY`` (other captions). ``replication`` is the
+share of copies among the 8, ``label`` is 1 where it is at least one half. SSCD is recorded beside it where its weights
+can be had.
+
+The limits were set by eye on generations of testbed-eps. Up to 1.8 the same object stands in the same place and pose on
+about the same background; captions of weight 4, which are not memorized, come below 1.7 to their own picture in 1 of
+192 images. The smallest of 25,000 distances is small by chance, so its limit is lower.
 
 Resumable: images and measurements are kept under ``--work``.
 """
@@ -30,7 +35,7 @@ from memorization.similarity.sscd import SSCD, find_weights
 from testbed import data
 from testbed.train import HERE, SEED, UNET_BATCH, UNET_STEPS, Visits, seeded, to_tensor, usable_table
 
-COPY = 1.0  # normalised l2: half as far as the 50 nearest training pictures on average
+COPY, COPY_OF_ANY = 1.7, 1.4  # normalised l2; AMG counts an image as a copy below 1.4, and reports 1.6 too
 IMAGES, STEPS, GUIDANCE, NOISE_SEED = 8, 8, 3.0, 1234
 CAPTIONS_AT_ONCE = 4
 PICTURES = HERE / "pictures"
@@ -115,10 +120,10 @@ def split_of(families: pd.Series) -> np.ndarray:
 def write_list(model: str, rows: list[dict]) -> pd.DataFrame:
     """The labelled prompt list of a model, with the measurements behind its labels."""
     captions = data.make_captions(usable_table(), SEED)
-    key = {True: "own", False: "nearest"}
     fixed = captions["kind"] == "duplicated"
-    distances = [np.array(row[key[is_fixed]]) for row, is_fixed in zip(rows, fixed, strict=True)]
-    captions["replication"] = [(distance < COPY).mean() for distance in distances]
+    rule = {True: ("own", COPY), False: ("nearest", COPY_OF_ANY)}
+    distances = [np.array(row[rule[is_fixed][0]]) for row, is_fixed in zip(rows, fixed, strict=True)]
+    captions["replication"] = [(d < rule[is_fixed][1]).mean() for d, is_fixed in zip(distances, fixed, strict=True)]
     captions["label"] = (captions["replication"] >= 0.5).astype(int)
     captions["image"] = [f"testbed/pictures/{name.replace(' ', '_')}.png" if is_fixed else ""
                          for name, is_fixed in zip(captions["name"], fixed, strict=True)]  # fmt: skip
@@ -147,7 +152,7 @@ def draw_sheet(model: str, listed: pd.DataFrame, folder: Path, rows_each: int = 
     groups = {
         "memorized": listed[fixed & (listed["replication"] == 1)],
         "partly copied": listed[fixed & listed["replication"].between(0.2, 0.8)],
-        "one fixed picture, not copied": listed[fixed & (listed["replication"] == 0)],
+        "one fixed picture, at most 1 of 8 counts as a copy": listed[fixed & (listed["replication"] <= 0.125)],
         "ordinary: a fresh picture each visit": listed[listed["kind"] == "ordinary"],
     }
     chosen = [(title, row) for title, group in groups.items() for row in group.head(rows_each).itertuples()]
@@ -160,7 +165,7 @@ def draw_sheet(model: str, listed: pd.DataFrame, folder: Path, rows_each: int = 
         right.set_title(f"{title}{count}: “{row.prompt}”", fontsize=8, loc="left", pad=2)
     for axis in axes.flat:
         axis.axis("off")
-    figure.suptitle("training picture | eight generations", fontsize=9, x=0.02, ha="left")
+    axes[0, 0].set_title("training", fontsize=8, pad=2)
     figure.tight_layout(pad=0.3)
     path = ROOT / "docs" / f"testbed-{model}.png"
     figure.savefig(path, dpi=110)
