@@ -54,6 +54,8 @@ class Run:
             raise InputError(f"{folder}: holds no run (no run.json); detect_mem.py makes one")
         record = read_json(folder / "run.json")
         self.settings = record["settings"]
+        if "detectors" not in self.settings:
+            raise InputError(f"{folder}: a study's folder, not a run of detect_mem.py")
         if record["status"] != "complete":
             print(f"{folder}: this run is not complete; the table is of what there is", file=sys.stderr)
         rows, _ = read_lines(folder / "scores.jsonl")
@@ -264,7 +266,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.fpr < 1 or args.resamples < 100:
         parser.error("--fpr lies between 0 and 1, --resamples is at least 100")
-    folders = args.runs or sorted(path.parent for path in (ROOT / "results").glob("**/run.json"))
+    found = [path.parent for path in (ROOT / "results").glob("**/run.json") if "studies" not in path.parts]
+    folders = args.runs or sorted(found)
     if not folders:
         raise InputError("no run under results/; start with: bash run_detection.sh")
     if args.calibrate:
