@@ -1,0 +1,83 @@
+"""What is shipped: models, lists, pictures and results, and that they belong together."""
+
+import hashlib
+
+import pytest
+import torch
+import yaml
+from conftest import GOLDEN
+from diffusers import StableDiffusionPipeline
+from sklearn.metrics import roc_auc_score
+
+from memorization.detection import Scorer
+from memorization.detectors import DETECTORS
+from memorization.models import find_model, load_pipeline, revision_of
+from memorization.prompts import read_prompts
+from memorization.results import read_json, read_lines
+from memorization.text_baselines import capitals, naive_bayes
+
+ROOT = GOLDEN.parent.parent
+LISTS = {"testbed-eps": ROOT / "prompts" / "testbed.csv"}
+
+
+@pytest.fixture(scope="module", params=list(LISTS))
+def model(request):
+    return request.param
+
+
+def test_weights_are_small_and_no_pickle():
+    files = [path for path in (ROOT / "testbed" / "models").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 64 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_labels_are_what_was_measured(model):
+    frame = read_prompts(LISTS[model])
+    assert ((frame["replication"] >= 0.5) == (frame["label"] == 1)).all()
+    assert not frame["prompt"].duplicated().any()
+    fixed = frame[frame["kind"] == "duplicated"]
+    assert all((ROOT / image).is_file() for image in fixed["image"])
+    assert (frame.groupby("family")[["kind", "duplicates", "split"]].nunique() == 1).all(axis=None)
+    for split in ("validation", "test"):
+        assert frame[frame["split"] == split]["label"].nunique() == 2
+
+
+def test_text_tells_nothing(model):
+    frame = read_prompts(LISTS[model])
+    prompts, labels = frame["prompt"].tolist(), frame["label"].to_numpy()
+    for scores in (capitals(prompts), naive_bayes(prompts, labels, frame["family"].to_numpy())):
+        assert abs(roc_auc_score(labels, scores) - 0.5) < 0.12
+
+
+def test_any_stable_diffusion_pipeline_loads_and_runs_it(model):
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "testbed" / "models" / model, dtype=torch.float32)
+    expected = {"testbed-eps": "epsilon", "testbed-v": "v_prediction"}[model]
+    assert pipe.scheduler.config.prediction_type == expected
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a picture of crab", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_committed_scores_come_from_these_weights_and_this_code(model):
+    folder = ROOT / "results" / model
+    run, (rows, _) = read_json(folder / "run.json"), read_lines(folder / "scores.jsonl")
+    settings = run["settings"]
+    pipe = load_pipeline(find_model(model), "float32", torch.device("cpu"))
+    assert run["status"] == "complete" and settings["revision"] == revision_of(pipe)
+    assert settings["prompts"] == {"prompts": hashlib.sha256(LISTS[model].read_bytes()).hexdigest()}
+    assert len(rows) == len(read_prompts(LISTS[model]))
+    detectors = []
+    for name, values in settings["detectors"].items():
+        detectors.append(DETECTORS[name](**{key: value for key, value in values.items() if key != "terms"}))
+    scorer = Scorer(pipe, detectors, num_images=1, seed=settings["seed"], steps=settings["steps"], batch_size=4)
+    chosen = rows[::181]
+    for row, scores in zip(chosen, scorer([row["prompt"] for row in chosen]), strict=True):
+        for name, value in scores.items():
+            assert value[0] == pytest.approx(row[name][0], rel=1e-3, abs=1e-4)
+
+
+def test_configured_weights_are_the_fitted_ones(model):
+    fitted = yaml.safe_load((ROOT / "results" / model / "calibration.yaml").read_text())
+    settings = fitted["detectors"]["anisotropy"]["settings"]
+    configured = find_model(model).anisotropy
+    assert {key: settings[key] for key in configured} == configured
