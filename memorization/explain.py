@@ -10,14 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.plots import save_figure
 
 
 class Significance(NamedTuple):
@@ -62,7 +60,4 @@ def draw_significance(explained: list[Significance], path: Path) -> Path:
         axis.set_xticks(range(len(tokens)), tokens, rotation=35, ha="right", fontsize=7)
         axis.set_yticks([])
     figure.suptitle("significance of each token for the norm of the guidance vector", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)

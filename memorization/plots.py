@@ -17,7 +17,9 @@ COLOURS = {0: "#4477aa", 1: "#cc3311"}
 NAMES = {0: "not memorized", 1: "memorized"}
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def save_figure(figure: plt.Figure, path: Path) -> Path:
+    """Write a figure and let go of it; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -37,7 +39,7 @@ def draw_roc(labels: np.ndarray, scores: dict[str, np.ndarray], path: Path, titl
     axis.set(xscale="log", xlim=(floor / 2, 1), ylim=(0, 1.02), xlabel="false positive rate (dotted: 1%, 3%)",
              ylabel="true positive rate", title=title)  # fmt: skip
     axis.legend(loc="lower right", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_distributions(labels: np.ndarray, scores: dict[str, np.ndarray], path: Path, title: str) -> Path:
@@ -50,7 +52,7 @@ def draw_distributions(labels: np.ndarray, scores: dict[str, np.ndarray], path: 
         axis.set(xlabel=name, yticks=[])
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_terms(labels: np.ndarray, norm: np.ndarray, cosine: np.ndarray, path: Path, title: str) -> Path:
@@ -61,7 +63,7 @@ def draw_terms(labels: np.ndarray, norm: np.ndarray, cosine: np.ndarray, path: P
         axis.scatter(norm[chosen], cosine[chosen], s=12, alpha=0.7, color=COLOURS[label], label=NAMES[label])
     axis.set(xlabel="norm of the guidance vector, first step", ylabel="cosine, third last step", title=title)
     axis.legend(fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_duplicates(rows: pd.DataFrame, score: np.ndarray, name: str, path: Path, title: str) -> Path:
@@ -79,4 +81,4 @@ def draw_duplicates(rows: pd.DataFrame, score: np.ndarray, name: str, path: Path
     axis.set_xticks(range(len(places)), [*others, *(f"x{n}" for n in levels)], fontsize=8)
     axis.set(xlabel="kind, and duplication count of fixed scenes", ylabel=name, title=title)
     figure.colorbar(dots, label="replication rate")
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.evaluation import family_weights, measure
 from memorization.prompts import near_copy_families, read_pair, read_prompts
-from memorization.results import write_atomically
+from memorization.results import ROOT, write_atomically
 from memorization.tables import markdown
 from memorization.text_baselines import capitals, naive_bayes
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PUBLISHED = {  # benchmark: (memorized, not memorized)
     "SD 1.4, usual": ("sd1_mem.txt", "sd1_nmem.txt"),
     "SD 1.4, LAION negatives": ("memorized_laion_prompts.csv", "unmemorized_laion_prompts.csv"),

@@ -21,6 +21,7 @@ from tqdm import trange
 
 from memorization.errors import ArgumentParser, run_script
 from memorization.p_laplace import Estimate, boundary, hutchinson, powered, volume
+from memorization.plots import save_figure
 from memorization.results import write_atomically
 
 POWERS = (1.0, 1.5, 2.0, 3.0)
@@ -158,10 +159,7 @@ def draw(mixture: Mixture, scores: dict, path: Path) -> None:
             axis_.set_title(f"{name}, p = {p:g}", fontsize=9)
             axis_.tick_params(labelsize=7)
             figure.colorbar(shown, ax=axis_, fraction=0.046, pad=0.03).ax.tick_params(labelsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from memorization.errors import InputError
-from memorization.models import DTYPES, ModelSpec, find_model, load_pipeline, pick_device, pick_dtype, revision_of
+from memorization.models import DTYPES, ROOT, ModelSpec, find_model, load_pipeline, pick_device, pick_dtype, revision_of
 from memorization.prompts import read_prompts
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Subject(NamedTuple):

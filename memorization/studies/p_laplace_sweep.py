@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -24,6 +21,7 @@ from torch import Tensor
 from memorization.detection import Scorer, default_batch_size, run_detection
 from memorization.errors import ArgumentParser, run_script
 from memorization.p_laplace import boundary_samples, random_directions
+from memorization.plots import save_figure
 from memorization.results import ResultStore, read_lines, write_atomically
 from memorization.studies.labelled import add_arguments, open_subject
 
@@ -90,9 +88,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     axes[0].set_ylabel("AUC")
     axes[0].legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

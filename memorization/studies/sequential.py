@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,6 +16,7 @@ import pandas as pd
 from memorization.detectors import DETECTORS
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.evaluation import family_weights, image_mean, measure, threshold_at
+from memorization.plots import save_figure
 from memorization.results import read_json, read_lines, write_atomically
 from memorization.sequential import ROUNDS, fit_bands, noises_needed
 from memorization.tables import markdown
@@ -66,9 +64,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -25,6 +22,7 @@ from memorization.detection import Scorer, default_batch_size, run_detection
 from memorization.errors import ArgumentParser, run_script
 from memorization.evaluation import image_mean, roc, tpr_at_fpr
 from memorization.features import FEATURES, features
+from memorization.plots import save_figure
 from memorization.results import ResultStore, read_lines, write_atomically
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 
@@ -99,9 +97,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
         axes[1, column].set_xlabel("timestep t (noise to the right)")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
