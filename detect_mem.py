@@ -43,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="DETECTOR.SETTING=VALUE", dest="assignments",
         help="a detector's setting by its name in docs/detectors.md, as in p_laplace.timestep=50; may be repeated")
     add("--steps", type=int, default=50, help="of the DDIM grid that places the timesteps (default: %(default)s)")
+    add("--guidance-scale", type=float, metavar="S",
+        help="of the generation that some detectors read (default: the model's config, else 7.5)")
     add("--variant", choices=["official", "eps"],
         help="official: the public code's numbers; eps: one meaning for every prediction type (default: official)")
     add("--cosine-mode", choices=COSINE_MODES,
@@ -74,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
         args.num_images = 8
     if args.images and (args.prompts or args.memorized or args.explain or args.sequential or args.measure_costs):
         parser.error("--images goes without prompt lists, --explain, --sequential and --measure-costs")
+    if args.guidance_scale is not None and args.guidance_scale < 0:
+        parser.error("--guidance-scale is at least 0")
     if args.num_images < 1 or not 3 <= args.steps <= 500 or not 0 <= args.seed < 2**63:
         parser.error("--num-images is at least 1, --steps from 3 to 500, --seed from 0 to 2^63 - 1")
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
@@ -286,12 +290,18 @@ def main() -> None:
     info = {"device": str(device), "checkpoint": str(checkpoint), "thresholds": thresholds}
     out = args.out or ROOT / "results" / "local" / spec.name
     settings = settings_of(args, pipe, detectors, hashes, dtype, batch_size)
+    common = dict(
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=spec.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+    )
+    if not args.images and any(detector.needs in ("generation", "image") for detector in detectors):
+        settings["guidance_scale"] = common["guidance_scale"]
     if args.sequential:
         if first not in bands:
             raise InputError(f"{args.calibration}: has no bands for {first}; detect_eval.py --calibrate makes them")
         settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands[first].items()]}
     with ResultStore(out, settings, info, args.overwrite) as store:
-        common = dict(seed=args.seed, steps=args.steps)
         if args.images:
             run_images(pipe, frame, detectors, store, batch_size=batch_size)
         elif args.sequential:

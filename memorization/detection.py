@@ -43,6 +43,7 @@ class Scorer:
         num_images: noises per prompt, the same for every prompt.
         first_image: the first of them, in the sequence of the seed's noises.
         steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
+        guidance_scale: of the generation.
         batch_size: rows (prompt-image pairs) to a UNet call.
     """
 
@@ -55,9 +56,10 @@ class Scorer:
         seed: int,
         steps: int,
         batch_size: int,
+        guidance_scale: float = 7.5,
         first_image: int = 0,
     ) -> None:
-        self.pipe, self.batch_size, self.steps = pipe, batch_size, steps
+        self.pipe, self.batch_size, self.steps, self.guidance_scale = pipe, batch_size, steps, guidance_scale
         self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
         if self.of["gradient"] and pipe.unet.dtype != torch.float32:
             names = ", ".join(detector.name for detector in self.of["gradient"])
@@ -116,7 +118,8 @@ class Scorer:
             kept = [[] for _ in self.of["generation"]]
             for step in generate(
                 self.pipe, row_embeds, self.uncond.embedding, latents,
-                steps=self.steps, ends=ends[pairs // images], attention_steps=recorded,
+                steps=self.steps, guidance_scale=self.guidance_scale,
+                ends=ends[pairs // images], attention_steps=recorded,
             ):  # fmt: skip
                 for detector, of_steps in zip(self.of["generation"], kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))

@@ -26,6 +26,7 @@ class ModelSpec:
         dtype: the default dtype; None to choose by device.
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         anisotropy: settings of the anisotropy detector (weights, branch).
+        guidance_scale: of generations.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ModelSpec:
     dtype: str | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     anisotropy: dict = field(default_factory=dict)
+    guidance_scale: float = 7.5
     description: str = ""
 
 

@@ -18,7 +18,7 @@ from memorization.detectors.p_laplace import PLaplace
 from memorization.errors import InputError
 from memorization.features import FEATURES, features
 from memorization.prompts import PUBLISHED
-from memorization.studies import benchmark_audit, p_laplace_sweep, sequential, timestep_sweep
+from memorization.studies import benchmark_audit, fusion, p_laplace_sweep, sequential, timestep_sweep
 from memorization.trajectory import Step
 
 SHAPE = (4, 3, 3)
@@ -128,6 +128,29 @@ def test_timestep_sweep_agrees_with_the_detector(monkeypatch, labelled, tmp_path
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000 and "12 prompts" in capsys.readouterr().out
     with pytest.raises(InputError, match="at least 1"):
         call(monkeypatch, timestep_sweep, *common, "--every", 0)
+
+
+def test_fusion_finds_the_planted_pair():
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    hidden = rng.normal(0, 3, 120)
+    columns = {"norm@0": labels + hidden, "turn@30": hidden, "cos_noise@5": rng.normal(0, 1, 120)}
+    rows = [
+        {"label": int(labels[i]), "family": f"f{i}", **{f"noise/{key}": [values[i]] for key, values in columns.items()}}
+        for i in range(120)
+    ]
+    table = fusion.pairs(rows)
+    best = table.iloc[0]
+    assert {best["first"], best["second"]} == {"norm@0", "turn@30"} and best["auc"] > 0.99
+    assert best["first weight"] == pytest.approx(1) and best["second weight"] == pytest.approx(-1, abs=0.1)
+
+
+def test_fusion_learns_nothing_from_a_prompts_own_family():
+    rng = np.random.default_rng(0)
+    families = np.repeat(np.arange(30), 4)
+    labels, values = (families % 2), rng.normal(0, 1, (30, 2))[families]
+    auc = np.trapezoid(*fusion.roc(labels, fusion.out_of_fold(values, labels, families))[::-1])
+    assert auc < 0.7
 
 
 def test_p_laplace_sweep_holds_the_detector(monkeypatch, labelled, tmp_path):

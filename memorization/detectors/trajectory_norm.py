@@ -4,7 +4,8 @@ Wen, Liu, Chen, Lyu, "Detecting, Explaining, and Mitigating Memorization in Diff
 
     1/K * sum over the first K steps of || eps_c(x_t, t) - eps_u(x_t, t) ||_2,   K = 1, 5, 50
 
-along a DDIM generation of 50 steps at guidance 7.5. K = 1 is ``noise_norm``, which needs no generation.
+along a DDIM generation of 50 steps at the model's guidance scale (theirs: 7.5). K = 1 is ``noise_norm``, which needs
+no generation.
 
 Deviation: none for epsilon models. For v-prediction and sample checkpoints the outputs are turned into eps first.
 """

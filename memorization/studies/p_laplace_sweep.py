@@ -101,10 +101,14 @@ def main() -> None:
     if args.each < 1 or not all(0 < t < 1000 for t in args.timesteps):
         parser.error("--each is at least 1, --timesteps lie between 1 and 999")
     subject = open_subject(args, "p_laplace_sweep")
-    settings = {**subject.settings, "each": args.each, "timesteps": args.timesteps}
+    settings = {**subject.settings, "each": args.each, "timesteps": args.timesteps,
+                "guidance_scale": subject.spec.guidance_scale}  # fmt: skip
     with ResultStore(subject.out, settings, {}) as store:
         sweep = PLaplaceSweep(tuple(args.timesteps))
-        scorer = partial(Scorer, subject.pipe, [sweep], num_images=1, seed=args.seed, steps=50)
+        scorer = partial(
+            Scorer, subject.pipe, [sweep], num_images=1, seed=args.seed, steps=50,
+            guidance_scale=subject.spec.guidance_scale,
+        )  # fmt: skip
         run_detection(scorer, balanced(subject.frame, args.each), store, batch_size=default_batch_size(subject.pipe))
         rows, _ = read_lines(store.scores)
     table = table_of(rows)

@@ -108,10 +108,13 @@ def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
     settings = {
         **subject.settings, "places": list(places), "generation": not args.no_generation,
-        "num_images": args.num_images,
+        "num_images": args.num_images, "guidance_scale": subject.spec.guidance_scale,
     }  # fmt: skip
     with ResultStore(subject.out, settings, {}) as store:
-        scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=len(grid))
+        scorer = partial(
+            Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=len(grid),
+            guidance_scale=subject.spec.guidance_scale,
+        )  # fmt: skip
         run_detection(scorer, subject.frame, store, batch_size=default_batch_size(pipe))
         return read_lines(store.scores)[0], {place: grid[place] for place in places}
 
