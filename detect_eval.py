@@ -38,6 +38,7 @@ from memorization.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
+LEVELS = (0.25, 0.5, 0.75, 0.9, 0.99)  # shares of the prompts that are not memorized; mitigations aim at them
 ONE_TRACE = ("norm", "cosine", "one_step")  # what the learned combination is made of: a single trace's scores
 
 
@@ -97,8 +98,12 @@ class Run:
         return np.array([image_mean(values, images) for values in rows[name]])
 
 
-def evaluate(run: Run, resamples: int) -> dict:
-    """Every number of a run's table, as it goes into ``metrics.json``."""
+def evaluate(run: Run, resamples: int, sum_weights: tuple[float, float] | None = None) -> dict:
+    """Every number of a run's table, as it goes into ``metrics.json``.
+
+    Args:
+        sum_weights: of the norm and the cosine, for one more row.
+    """
     labels, families = run.scored["label"].to_numpy(), run.scored["family"].astype(str).to_numpy()
     weights = family_weights(families, labels, resamples)
     images = sorted({1, run.settings["num_images"]})
@@ -106,6 +111,12 @@ def evaluate(run: Run, resamples: int) -> dict:
         (name, n): measure(labels, run.scores(run.scored, name, n), weights) for n in images for name in run.names
     }
     measured |= {(name, n): measure(labels, scores, weights) for n in images for name, scores in run.fitted(n).items()}
+    if sum_weights and {"norm", "cosine"} <= set(run.names):
+        for n in images:
+            terms = [run.scores(run.scored, name, n) for name in ("norm", "cosine")]
+            measured["norm x {:g} + cosine x {:g}".format(*sum_weights), n] = measure(
+                labels, np.dot(sum_weights, terms), weights
+            )
     for name, scores in _text_scores(run).items():
         measured[name, None] = measure(labels, scores, weights)
     return {
@@ -246,7 +257,8 @@ def calibrate(run: Run, target: float) -> dict:
         threshold, realised = threshold_at(labels, scores.mean(1), target)
         if images == ROUNDS[-1] and (scores.mean(1) >= threshold).any():
             entry["bands"] = {n: list(band) for n, band in fit_bands(scores, threshold).items()}
-        detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised}
+        levels = {share: float(f"{np.quantile(scores.mean(1)[labels == 0], share):.5g}") for share in LEVELS}
+        detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised, "levels": levels}
     return {
         "model": run.settings["model"], "run": run.folder.name, "num_images": images,
         "steps": run.settings["steps"], "target_fpr": target,
@@ -260,6 +272,13 @@ def main() -> None:
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
     add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
     add("--resamples", type=int, default=2000, metavar="N", help="bootstrap resamples (default: %(default)s)")
+    add(
+        "--weights",
+        nargs=2,
+        type=float,
+        metavar=("NORM", "COSINE"),
+        help="one more row: the sum of the two terms with these weights, as in --weights 1 2",
+    )
     add("--no-plots", action="store_true", help="draw no pictures")
     add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
     add("--fpr", type=float, default=0.01, help="false positive rate of the thresholds (default: %(default)s)")
@@ -286,7 +305,7 @@ def main() -> None:
                 raise
             print(f"left out: {error}", file=sys.stderr)
             continue
-        metrics = evaluate(run, args.resamples)
+        metrics = evaluate(run, args.resamples, args.weights)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         if not args.no_plots:
             draw(run)

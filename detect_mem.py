@@ -124,33 +124,6 @@ def report(frame, pipe) -> None:
     print(f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else ""), file=sys.stderr)
 
 
-def read_calibration(args: argparse.Namespace) -> tuple[dict, dict, dict]:
-    """What ``detect_eval.py --calibrate`` wrote: settings of the anisotropy detector; a threshold a detector; and the
-    bands of ``--sequential`` a detector, where it was made with 8 noises.
-
-    Raises:
-        InputError: it is no such file, or it is for another model, number of images or grid than asked.
-    """
-    if args.calibration is None:
-        return {}, {}, {}
-    try:
-        calibration = yaml.safe_load(Path(args.calibration).read_text(encoding="utf-8"))
-        detectors = calibration["detectors"]
-        thresholds = {name: float(values["threshold"]) for name, values in detectors.items()}
-        bands = {name: values["bands"] for name, values in detectors.items() if "bands" in values}
-        settings = dict(detectors.get("anisotropy", {}).get("settings", {}))
-        belongs = {key: calibration[key] for key in ("model", "num_images", "steps")}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
-        raise InputError(
-            f"{args.calibration}: not a calibration file; detect_eval.py --calibrate writes them"
-        ) from None
-    asked = {"model": args.model, "num_images": args.num_images, "steps": args.steps, **asked_of_anisotropy(args)}
-    for key, value in asked.items():
-        if (calibrated := {**settings, **belongs}.get(key)) != value:
-            raise InputError(f"{args.calibration} is for {key} = {calibrated}, not {value}")
-    return settings, thresholds, bands
-
-
 def asked_of_anisotropy(args: argparse.Namespace) -> dict:
     """Settings of the anisotropy detector that were given as flags."""
     return {key: getattr(args, key) for key in ANISOTROPY_FLAGS if getattr(args, key) is not None}
@@ -263,6 +236,7 @@ def main() -> None:
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
 
+    from memorization.calibration import Calibration, read_calibration
     from memorization.detection import Scorer, SequentialScorer, default_batch_size, run_detection
     from memorization.detectors import make_detectors
     from memorization.images import run_images
@@ -270,8 +244,11 @@ def main() -> None:
     from memorization.results import ResultStore
 
     spec = find_model(args.model)
-    calibrated, thresholds, bands = read_calibration(args)
-    anisotropy = {**spec.anisotropy, **asked_of_anisotropy(args), **calibrated}
+    calibration = read_calibration(Path(args.calibration)) if args.calibration else Calibration()
+    asked = {"model": args.model, "num_images": args.num_images, "steps": args.steps, **asked_of_anisotropy(args)}
+    calibration.check(asked)
+    thresholds = calibration.thresholds
+    anisotropy = {**spec.anisotropy, **asked_of_anisotropy(args), **calibration.anisotropy}
     detectors = make_detectors(args.detectors, assigned(args, {"anisotropy": anisotropy}))
     first = next((detector.name for detector in detectors if detector.terms), None)  # others keep curves alone
     if first is None and (args.explain or args.sequential):
@@ -298,14 +275,15 @@ def main() -> None:
     if not args.images and any(detector.needs in ("generation", "image") for detector in detectors):
         settings["guidance_scale"] = common["guidance_scale"]
     if args.sequential:
-        if first not in bands:
+        if first not in calibration.bands:
             raise InputError(f"{args.calibration}: has no bands for {first}; detect_eval.py --calibrate makes them")
-        settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands[first].items()]}
+        bands = calibration.bands[first]
+        settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands.items()]}
     with ResultStore(out, settings, info, args.overwrite) as store:
         if args.images:
             run_images(pipe, frame, detectors, store, batch_size=batch_size)
         elif args.sequential:
-            scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands[first], **common)
+            scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands, **common)
             run_detection(scorer, frame, store, batch_size=batch_size)
         else:
             scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, **common)

@@ -27,6 +27,9 @@ class ModelSpec:
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         anisotropy: settings of the anisotropy detector (weights, branch).
         guidance_scale: of generations.
+        calibration: file with its thresholds, in the project.
+        clip: the CLIP checkpoint that judges its pictures.
+        copy_limits: ``nl2`` -> value below which a picture counts as a copy.
     """
 
     name: str
@@ -35,6 +38,9 @@ class ModelSpec:
     prompts: dict[str, str] = field(default_factory=dict)
     anisotropy: dict = field(default_factory=dict)
     guidance_scale: float = 7.5
+    calibration: str | None = None
+    clip: str | None = None
+    copy_limits: dict[str, float] = field(default_factory=dict)
     description: str = ""
 
 
@@ -48,9 +54,16 @@ def find_model(name: str) -> ModelSpec:
     path = CONFIGS / f"{name}.yaml"
     if name in model_names():
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ids = tuple(str(ROOT / i) if (ROOT / i).is_dir() else i for i in values["ids"])  # folders lie in the project
-        return ModelSpec(name=name, **{**values, "ids": ids})
+        values["ids"] = tuple(_in_project(identifier) for identifier in values["ids"])
+        if "clip" in values:
+            values["clip"] = _in_project(values["clip"])
+        return ModelSpec(name=name, **values)
     return ModelSpec(name=Path(name).resolve().name, ids=(name,))
+
+
+def _in_project(identifier: str) -> str:
+    """The path of a folder of the project; a hub id stays as it is."""
+    return str(ROOT / identifier) if (ROOT / identifier).is_dir() else identifier
 
 
 def pick_device(name: str = "auto") -> torch.device:

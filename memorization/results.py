@@ -67,6 +67,7 @@ class ResultStore:
         settings: everything the scores depend on. A folder whose stored settings differ is refused.
         info: recorded, not compared (command, device, ...).
         overwrite: forget what the folder holds.
+        name: of the file of lines.
 
     Attributes:
         done: how many prompts have their line.
@@ -76,8 +77,10 @@ class ResultStore:
         InputError: the folder cannot be written, is in use, or holds a run with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict, info: dict, overwrite: bool = False) -> None:
-        self.folder, self.scores = folder, folder / "scores.jsonl"
+    def __init__(
+        self, folder: Path, settings: dict, info: dict, overwrite: bool = False, name: str = "scores.jsonl"
+    ) -> None:
+        self.folder, self.scores = folder, folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.scores, "ab")  # noqa: SIM115 - held, and locked, until __exit__

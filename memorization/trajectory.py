@@ -5,7 +5,7 @@ A row is a pair of prompt and noise. Rows do not depend on one another, so any n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -124,6 +124,7 @@ def generate(
     *,
     steps: int = 50,
     guidance_scale: float = 7.5,
+    guide: Callable[[int, NoisePrediction], Tensor] | None = None,
     ends: Tensor | None = None,
     attention_steps: Collection[int] = (),
 ) -> Iterator[Step]:
@@ -133,6 +134,7 @@ def generate(
         prompt_embeds: ``(rows, tokens, width)``.
         empty: the empty prompt's embedding, ``(1, tokens, width)``.
         latents: ``(rows, c, h, w)``, float32.
+        guide: (step, prediction) -> the noise prediction to follow; classifier-free guidance where there is none.
         ends: from :func:`end_of_text`, a value a row; needed where attention is recorded.
         attention_steps: indices of the steps whose attention is recorded.
     """
@@ -151,7 +153,8 @@ def generate(
         prediction = NoisePrediction(
             t, latents, uncond, cond, *pipe.noise_scales(t), pipe.scheduler.config.prediction_type
         )
-        result = scheduler.step(uncond + guidance_scale * (cond - uncond), t, latents)
+        followed = guide(index, prediction) if guide else uncond + guidance_scale * (cond - uncond)
+        result = scheduler.step(followed, t, latents)
         attention = recorder.attention() if recorder else None
         yield Step(index, prediction, result.pred_original_sample, result.prev_sample, attention)
         latents = result.prev_sample

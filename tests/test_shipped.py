@@ -17,7 +17,7 @@ from memorization.results import read_json, read_lines
 from memorization.text_baselines import capitals, naive_bayes
 
 ROOT = GOLDEN.parent.parent
-LISTS = {"testbed-eps": ROOT / "prompts" / "testbed.csv"}
+LISTS = {"testbed-eps": ROOT / "prompts" / "testbed.csv", "testbed-v": ROOT / "prompts" / "testbed-v.csv"}
 
 
 @pytest.fixture(scope="module", params=list(LISTS))

@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 
 from memorization.errors import InputError
+from memorization.prompts import read_prompts
 from memorization.similarity import sscd
+from memorization.similarity.clip import Clip
+from memorization.similarity.frechet import frechet_distance
+from memorization.similarity.judge import Judge, read_picture
 from memorization.similarity.pixel import l2, normalized_l2
+
+ROOT = GOLDEN.parent.parent
 
 
 def test_normalized_l2_by_hand():
@@ -30,3 +37,35 @@ def test_sscd_says_how_to_get_its_weights(monkeypatch):
     monkeypatch.setenv("SSCD_ONNX", "/nowhere.onnx")
     with pytest.raises(InputError, match="onnxruntime"):
         sscd.SSCD()
+
+
+def test_frechet_distance_of_gaussians():
+    """Between N(m, A) and N(0, B) with commuting A, B: |m|^2 + sum (sqrt a - sqrt b)^2."""
+    rng = np.random.default_rng(0)
+    a, b, mean = np.array([4.0, 1.0, 0.25]), np.array([1.0, 1.0, 1.0]), np.array([1.0, 0.0, 2.0])
+    left, right = rng.normal(0, 1, (200_000, 3)) * np.sqrt(a) + mean, rng.normal(0, 1, (200_000, 3)) * np.sqrt(b)
+    expected = 5.0 + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert frechet_distance(left, right) == pytest.approx(expected, rel=0.02)
+    assert frechet_distance(left, left) == pytest.approx(0, abs=1e-6)
+
+
+def test_clip_score_knows_what_a_picture_shows():
+    clip = Clip(str(ROOT / "testbed" / "models" / "clip"))
+    frame = read_prompts(ROOT / "prompts" / "testbed.csv")
+    frame = frame[frame["image"] != ""].iloc[::8]
+    pictures = np.stack([read_picture(ROOT / path, (64, 64)) for path in frame["image"]])
+    prompts = frame["prompt"].tolist()
+    own = clip.score(pictures, prompts)
+    table = clip.pictures(pictures) @ clip.prompts(prompts).T
+    assert torch.allclose(own, table.diagonal(), atol=1e-5)
+    assert (table.argmax(1) == torch.arange(len(prompts))).float().mean() > 0.8
+    with pytest.raises(InputError, match="cannot be loaded as a CLIP model"):
+        Clip(str(ROOT / "prompts"))
+
+
+def test_judge_measures_against_the_own_training_picture():
+    paths = sorted((ROOT / "testbed" / "pictures").glob("*.png"))[:60]
+    judge = Judge(paths, (64, 64))
+    pictures = np.stack([read_picture(path, (64, 64)) for path in paths[:2]])
+    assert judge(pictures, "anything", paths[0])["nl2"][0] == 0 < judge(pictures, "anything", paths[0])["nl2"][1]
+    assert judge(pictures, "anything", None) == {}

@@ -1,0 +1,51 @@
+"""Mitigations, one file a method: a :class:`Case` in, a :class:`Remedy` out.
+
+Each has a ``name``, one parameter ``strength`` whose meaning its docstring gives, and five ``strengths`` from mild to
+strong. Those with a ``lowers`` stop at a level of that detector, so they need a calibration.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from memorization.errors import InputError
+from memorization.mitigations.attention_rescale import AttentionRescale
+from memorization.mitigations.case import Case, Guide, Remedy
+from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
+from memorization.mitigations.guidance_schedule import DynamicTransition, StaticTransition
+from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers, RandomTokens, WordRepetition
+from memorization.mitigations.rewrite import Rewrite
+from memorization.mitigations.sail import Sail
+
+__all__ = ["MITIGATIONS", "Case", "Guide", "Mitigation", "Remedy", "make_mitigation"]
+
+
+class Mitigation(Protocol):
+    """What every mitigation offers. One with ``lowers`` needs that detector's levels."""
+
+    name: str
+    strength: float
+    strengths: tuple[float, ...]
+
+    def __call__(self, case: Case) -> Remedy:
+        """The remedy for all prompts of the case at once."""
+
+
+MITIGATIONS: dict[str, type[Mitigation]] = {
+    cls.name: cls
+    for cls in (
+        Anisotropy, NoiseNorm, Rewrite, Sail, StaticTransition, DynamicTransition, AttentionRescale,
+        RandomNumbers, RandomTokens, WordRepetition, EmbeddingNoise,
+    )
+}  # fmt: skip
+
+
+def make_mitigation(name: str, strength: float | None = None) -> Mitigation:
+    """A mitigation by name, at its default strength or another.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in MITIGATIONS:
+        raise InputError(f"unknown method {name}; there are: {', '.join(MITIGATIONS)}")
+    return MITIGATIONS[name]() if strength is None else MITIGATIONS[name](strength=strength)

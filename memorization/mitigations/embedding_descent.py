@@ -1,0 +1,56 @@
+"""Gradient descent on the prompt embedding until a detector's score is that of an ordinary prompt.
+
+``anisotropy``: Asthana, Belagiannis, ICLR 2026, section on mitigation: minimise M over the embedding, x_T fixed.
+Learning rate and number of steps are not published; those of Wen et al. are taken.
+``noise_norm``: Wen, Liu, Chen, Lyu, ICLR 2024, section 5.1: the same with the norm of the guidance vector at the first
+step; at most 10 steps of 0.05, and a stop at a target.
+
+Deviations from Wen's public code: the target is a level among prompts that are not memorized, so that it means the
+same on every model; the loss is each prompt's own mean over its noises, so that it means the same for every batch;
+no weight decay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from memorization.mitigations.case import Case, Remedy
+from optim_utils import all_but_the_start_token, descend
+
+
+@dataclass(frozen=True)
+class EmbeddingDescent:
+    """Lower a detector's score by changing the embedding; the start token stays.
+
+    Args:
+        strength: the level to reach: share of ordinary prompts that score below.
+        lr, iterations: of the descent.
+    """
+
+    strength: float = 0.5
+    lr: float = 0.05
+    iterations: int = 20
+
+    name: ClassVar[str]
+    lowers: ClassVar[str]
+    strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
+
+    def __call__(self, case: Case) -> Remedy:
+        found = descend(
+            lambda embeds, rows: case.score(self.lowers, embeds), case.embeds, lr=self.lr, iterations=self.iterations,
+            target=case.target(self.lowers, self.strength), free=all_but_the_start_token(case.embeds), progress=False,
+        )  # fmt: skip
+        return Remedy.unchanged(case, embeds=found.best, iterations=found.steps.tolist())
+
+
+@dataclass(frozen=True)
+class Anisotropy(EmbeddingDescent):
+    name: ClassVar[str] = "anisotropy"
+    lowers: ClassVar[str] = "anisotropy"
+
+
+@dataclass(frozen=True)
+class NoiseNorm(EmbeddingDescent):
+    name: ClassVar[str] = "noise_norm"
+    lowers: ClassVar[str] = "noise_norm"

@@ -1,0 +1,102 @@
+"""Random changes of the prompt, the baselines of Somepalli et al.
+
+Somepalli, Singla, Goldblum, Geiping, Goldstein, "Understanding and Mitigating Copying in Diffusion Models", NeurIPS
+2023:
+
+- ``rna``: random numbers are inserted; ``rt``: random words; ``cwr``: words of the prompt are repeated; each at random
+  places, ``strength`` times;
+- ``gni``: Gaussian noise is added to the embedding; ``strength`` is its standard deviation in units of the embedding's.
+
+The draws of a prompt depend on its text and the seed alone, not on the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from memorization.mitigations.case import Case, Remedy
+
+
+def generator_of(prompt: str, seed: int) -> np.random.Generator:
+    """A generator for a prompt."""
+    digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+@cache
+def whole_words(tokenizer) -> tuple[str, ...]:
+    """Words that are one token of ``tokenizer``, in the order of their ids; of three letters or more if it has such."""
+    found = []
+    for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        word = token.removesuffix("</w>")
+        if token.endswith("</w>") and word.isascii() and word.isalpha():
+            found.append(word)
+    return tuple(word for word in found if len(word) > 2) or tuple(found)
+
+
+@dataclass(frozen=True)
+class TextPerturbation:
+    """Insert ``strength`` words at random places."""
+
+    strength: float = 4
+
+    name: ClassVar[str]
+    strengths: ClassVar[tuple[float, ...]] = (1, 2, 4, 6, 8)
+
+    def word(self, words: list[str], case: Case, rng: np.random.Generator) -> str:
+        """The word to insert next."""
+        raise NotImplementedError
+
+    def __call__(self, case: Case) -> Remedy:
+        changed = []
+        for prompt in case.prompts:
+            rng, words = generator_of(prompt, case.seed), prompt.split()
+            for _ in range(int(self.strength)):
+                words.insert(rng.integers(len(words) + 1), self.word(words, case, rng))
+            changed.append(" ".join(words))
+        return Remedy.unchanged(case, prompts=changed, embeds=case.pipe.embed(changed).float())
+
+
+@dataclass(frozen=True)
+class RandomNumbers(TextPerturbation):
+    name: ClassVar[str] = "rna"
+
+    def word(self, words, case, rng) -> str:
+        return str(rng.integers(1_000_000))
+
+
+@dataclass(frozen=True)
+class RandomTokens(TextPerturbation):
+    name: ClassVar[str] = "rt"
+
+    def word(self, words, case, rng) -> str:
+        return str(rng.choice(whole_words(case.pipe.tokenizer)))
+
+
+@dataclass(frozen=True)
+class WordRepetition(TextPerturbation):
+    name: ClassVar[str] = "cwr"
+
+    def word(self, words, case, rng) -> str:
+        return words[rng.integers(len(words))] if words else ""
+
+
+@dataclass(frozen=True)
+class EmbeddingNoise:
+    """``gni``."""
+
+    strength: float = 0.3
+
+    name: ClassVar[str] = "gni"
+    strengths: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.5, 0.8)
+
+    def __call__(self, case: Case) -> Remedy:
+        noise = [generator_of(prompt, case.seed).standard_normal(case.embeds.shape[1:]) for prompt in case.prompts]
+        noise = torch.from_numpy(np.stack(noise)).to(case.embeds)
+        return Remedy.unchanged(case, embeds=case.embeds + self.strength * case.embeds.std() * noise)

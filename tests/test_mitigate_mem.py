@@ -1,0 +1,130 @@
+"""mitigate_mem.py and the comparison of mitigations, on the shipped model and a few prompts."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GOLDEN
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import mitigate_mem
+from memorization.errors import InputError
+from memorization.prompts import read_prompts
+from memorization.similarity import sscd
+from memorization.studies import mitigation_tradeoff
+
+ROOT = GOLDEN.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def without_sscd(monkeypatch):
+    """It is optional, and slow at this size."""
+    monkeypatch.setattr(sscd, "find_weights", lambda: None)
+    monkeypatch.setattr(mitigation_tradeoff, "find_weights", lambda: None)
+
+
+@pytest.fixture
+def fast(tmp_path):
+    """One noise, and the shipped calibration taken for it."""
+    shipped = (ROOT / "results" / "testbed-eps" / "calibration.yaml").read_text()
+    path = tmp_path / "calibration.yaml"
+    path.write_text(shipped.replace("num_images: 4", "num_images: 1"))
+    return ("--model", "testbed-eps", "--steps", 4, "--calibration", path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Two memorized captions and one that is not."""
+    frame = read_prompts(ROOT / "prompts" / "testbed.csv")
+    heavy, ordinary = frame[frame["duplicates"] == 64].head(2), frame[frame["kind"] == "ordinary"].head(1)
+    path = tmp_path / "list.csv"
+    pd.concat([heavy, ordinary]).to_csv(path, index=False)
+    return path
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "mitigations.jsonl").read_text().splitlines()]
+
+
+def test_flagged_prompts_are_mitigated(run_script, fast, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_script(mitigate_mem, *fast, "--prompts", prompts, "--out", out)
+    rows = lines(out)
+    assert [row["id"] for row in rows] == [0, 1]  # the ordinary one is below the threshold
+    for row in rows:
+        assert row["score_after"] < row["score_before"] and row["iterations"] > 0
+        assert len(row["nl2_before"]) == len(row["clip_after"]) == 1
+        assert np.mean(row["nl2_after"]) > np.mean(row["nl2_before"])
+    assert len(list((out / "images").glob("*.png"))) == 2 * 2
+    assert (out / "contact_sheet.png").stat().st_size > 1000
+    assert "anisotropy" in capsys.readouterr().out
+
+    embeds = load_file(out / "embeds" / "0000.safetensors")["prompt_embeds"]
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "testbed/models/testbed-eps", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds * 0, num_inference_steps=1).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_a_killed_run_goes_on_to_the_same(run_script, fast, prompts, tmp_path, monkeypatch):
+    command = (*fast, "--prompts", prompts, "--all", "--method", "cwr")
+    run_script(mitigate_mem, *command, "--out", tmp_path / "whole")
+    run_script(mitigate_mem, *command, "--out", tmp_path / "killed")
+    log = tmp_path / "killed" / "mitigations.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    run_script(mitigate_mem, *command, "--out", tmp_path / "killed")
+
+    def without_times(folder):
+        return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in lines(folder)]
+
+    assert len(lines(tmp_path / "whole")) == 3 and without_times(tmp_path / "whole") == without_times(
+        tmp_path / "killed"
+    )
+    with pytest.raises(InputError, match="other settings"):
+        run_script(mitigate_mem, *command, "--out", tmp_path / "killed", "--strength", 1)
+
+
+def test_rewriting_shows_what_was_changed():
+    assert mitigate_mem.marked("a red kite", "a blue kite") == "a [-red-] {+blue+} kite"
+    assert mitigate_mem.marked("a red kite", "a kite") == "a [-red-] kite"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "nonsense"), "unknown method nonsense; there are: anisotropy"),
+        (("--threshold", "high"), "--threshold high: a number, or auto"),
+        (("--num-images", 2), "is for num_images = 1, not 2"),
+        (("--strength", 0.3), "holds no level 0.3"),
+        (("--prompts", "missing.txt"), "no such file"),
+        (("--steps", 1), "--steps from 3 to 500"),
+    ],
+)
+def test_bad_input(run_script, fast, prompts, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        run_script(mitigate_mem, *fast, "--prompts", prompts, "--out", tmp_path / "out", *arguments)
+
+
+def test_nothing_above_the_threshold(run_script, fast, prompts, tmp_path, capsys):
+    run_script(mitigate_mem, *fast, "--prompts", prompts, "--threshold", 1e9, "--out", tmp_path / "out")
+    assert "nothing to mitigate" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_comparison(run_script, tmp_path, capsys):
+    out = tmp_path / "study"
+    common = ("--model", "testbed-eps", "--each", 2, "--num-images", 1, "--steps", 3, "--methods", "gni",
+              "--resamples", 100, "--out", out)  # fmt: skip
+    run_script(mitigation_tradeoff, *common)
+    table = pd.read_csv(out / "table.csv")
+    assert table["method"].tolist() == ["none"] + ["gni"] * 5
+    assert table["copies"].between(0, 1).all() and (table["copies low"] <= table["copies high"]).all()
+    moved = table[table["method"] == "gni"]["ordinary: picture change"].to_numpy()
+    assert moved[0] < moved[-1]
+    scores = out / "scores.jsonl"
+    before = scores.read_bytes()
+    scores.write_bytes(before[: len(before) // 2])
+    run_script(mitigation_tradeoff, *common)
+    assert len(scores.read_text().splitlines()) == 5 * 4 and (out / "tradeoff.png").exists()

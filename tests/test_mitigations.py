@@ -1,0 +1,179 @@
+"""Every mitigation against its formula, on tiny pipelines."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_tiny
+from diffusers.models.attention_processor import AttnProcessor
+
+from local_sd_pipeline import NoisePrediction
+from memorization.detectors import make_detectors
+from memorization.errors import InputError
+from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation
+from memorization.mitigations.attention_rescale import AttentionRescale, RescalingAttnProcessor
+from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
+from memorization.mitigations.guidance_schedule import DynamicTransition, StaticTransition
+from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers, WordRepetition, whole_words
+from memorization.mitigations.rewrite import Rewrite, nearest_words, word_order
+from memorization.mitigations.sail import Sail
+from memorization.sampling import sample
+
+PROMPTS = ["a red kite over two boats", "portrait of an old clockmaker", ""]
+
+
+@pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
+def pipe(request):
+    return load_tiny(request.param, images=True)
+
+
+def case_of(pipe, prompts=PROMPTS, **changed):
+    detectors = {d.name: d for d in make_detectors(["anisotropy", "noise_norm"], {})}
+    with torch.no_grad():
+        embeds = pipe.embed(prompts).float()
+    case = Case(pipe, prompts, embeds, pipe.pure_noise(2, 1), detectors, {}, steps=5, batch_size=4)
+    with torch.no_grad():
+        scores = {name: case.score(name, embeds)[:2].min().item() for name in detectors}
+    levels = {name: {0.5: 0.9 * score} for name, score in scores.items()}
+    return Case(**{**vars(case), "levels": levels, **changed})
+
+
+@pytest.mark.parametrize("name", list(MITIGATIONS))
+def test_every_method_gives_what_the_sampler_takes_and_none_looks_at_its_neighbours(pipe, name):
+    case = case_of(pipe)
+    mitigation = make_mitigation(name)
+    assert len(mitigation.strengths) == 5
+    remedy = mitigation(case)
+    assert len(remedy.prompts) == len(remedy.iterations) == 3
+    assert remedy.embeds.shape == case.embeds.shape and remedy.latents.shape == (3, *case.noise.shape)
+    pictures = sample(case, remedy)
+    alone = case_of(pipe, PROMPTS[1:2], levels=case.levels)
+    remedy_alone = mitigation(alone)
+    assert list(remedy_alone.prompts) == [remedy.prompts[1]]
+    assert torch.allclose(remedy_alone.embeds[0], remedy.embeds[1], atol=1e-3)
+    difference = np.abs(sample(alone, remedy_alone)[0].astype(int) - pictures[1])
+    assert pictures.dtype == np.uint8 and pictures.shape[:2] == (3, 2) and np.percentile(difference, 99) <= 2
+
+
+@pytest.mark.parametrize("cls", [Anisotropy, NoiseNorm])
+def test_descent_brings_the_score_to_the_target(pipe, cls):
+    case = case_of(pipe)
+    remedy = cls(lr=0.02, iterations=40)(case)
+    with torch.no_grad():
+        after = case.score(cls.lowers, remedy.embeds)
+    assert (after <= case.levels[cls.lowers][0.5] + 1e-5).all()
+    assert torch.equal(remedy.embeds[:, 0], case.embeds[:, 0]) and not torch.equal(remedy.embeds, case.embeds)
+    assert torch.equal(remedy.embeds[2], case.embeds[2]) and remedy.iterations[2] == 0  # the blank prompt is below it
+
+
+def test_a_level_that_the_calibration_has_not_is_refused(pipe):
+    with pytest.raises(InputError, match=r"noise_norm: the calibration holds no level 0.3 \(it holds: 0.5\)"):
+        NoiseNorm(strength=0.3)(case_of(pipe))
+    with pytest.raises(InputError, match="unknown method nonsense; there are: anisotropy"):
+        make_mitigation("nonsense")
+
+
+def test_sail_lowers_its_loss_by_other_noise(pipe):
+    case = case_of(pipe)
+    remedy = Sail(iterations=5, alpha=0.0)(case)
+    assert not torch.equal(remedy.latents[0], case.noise) and torch.equal(remedy.embeds, case.embeds)
+    t = pipe.detection_timesteps(case.grid_steps)[0]
+
+    def norm(latents):
+        with torch.no_grad():
+            d = pipe.trace(case.embeds[:1], latents, [t])[t].guidance[0]
+            u = d / d.flatten(1).norm(dim=1)[:, None, None, None]
+            return pipe.trace(case.embeds[:1], latents + u, [t])[t].guidance[0].flatten(1).norm(dim=1)
+
+    assert (norm(remedy.latents[0]) < norm(case.noise)).all()
+
+
+def point(timestep, guidance):
+    zero = torch.zeros_like(guidance)
+    return NoisePrediction(timestep, zero, zero + 1, zero + 1 + guidance, 0.5, 0.5, "epsilon")
+
+
+def test_static_transition_guides_late(pipe):
+    case = case_of(pipe)
+    guide = StaticTransition(650)(case).guide(torch.arange(1))
+    d = torch.full((1, 4, 2, 2), 0.5)
+    assert torch.equal(guide(0, point(800, d)), torch.ones_like(d))
+    assert torch.allclose(guide(1, point(600, d)), 1 + case.guidance_scale * d)
+
+
+def test_dynamic_transition_guides_a_row_from_its_own_minimum_on(pipe):
+    case = case_of(pipe)
+    norms = torch.tensor([[5.0, 3.0, 4.0, 2.0], [5.0, 4.0, 3.0, 2.0]])  # only the first row turns
+    for patience, expected in ((1, [0, 0, 1, 1]), (2, [0, 0, 0, 0])):
+        guide = DynamicTransition(patience)(case).guide(torch.arange(2))
+        for index in range(4):
+            d = norms[:, index, None, None, None].expand(2, 1, 1, 1)
+            scale = (guide(index, point(900, d)) - 1) / d / case.guidance_scale
+            assert scale.flatten().tolist() == pytest.approx([expected[index], 0])
+
+
+def test_attention_of_start_token_grows_and_padding_gets_none(pipe):
+    module = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn2"))
+    hidden = torch.randn(4, 6, module.to_q.in_features, generator=torch.Generator().manual_seed(0))
+    states = pipe.embed(["red kite", "kite"]).repeat(2, 1, 1)
+
+    def run(processor, states=states):
+        with torch.no_grad():
+            return processor(module, hidden, encoder_hidden_states=states)
+
+    ends = torch.tensor([3, 2])
+    plain = run(AttnProcessor())
+    same = run(RescalingAttnProcessor(torch.full((2,), states.shape[1] - 1), 1.0))
+    assert torch.allclose(plain, same, atol=1e-5)
+    other = run(RescalingAttnProcessor(ends, 2.0))
+    assert torch.allclose(plain[:2], other[:2], atol=1e-5)  # the unconditional half is left alone
+    assert not torch.allclose(plain[2:], other[2:], atol=1e-5)
+    far = states.clone()
+    far[2, 4:] += 10.0  # padding of the first conditional row
+    assert torch.allclose(run(RescalingAttnProcessor(ends, 2.0), far), other, atol=1e-5)
+
+
+def test_attention_is_put_back(pipe):
+    case = case_of(pipe)
+    before = {name: type(p) for name, p in pipe.unet.attn_processors.items()}
+    with AttentionRescale()(case).around(torch.arange(2)):
+        assert any(isinstance(p, RescalingAttnProcessor) for p in pipe.unet.attn_processors.values())
+    assert {name: type(p) for name, p in pipe.unet.attn_processors.items()} == before
+
+
+def test_perturbations_insert_as_many_words_as_asked(pipe):
+    case = case_of(pipe)
+    for cls, check in ((RandomNumbers, str.isdigit), (WordRepetition, PROMPTS[0].split().__contains__)):
+        words = cls(4)(case).prompts[0].split()
+        assert len(words) == 10 and sum(map(check, words)) >= 4
+        rest = iter(words)
+        assert all(word in rest for word in PROMPTS[0].split())  # the old words in their order
+    noise = EmbeddingNoise(0.5)(case).embeds - case.embeds
+    assert noise.std().item() == pytest.approx(0.5 * case.embeds.std().item(), rel=0.1)
+
+
+def test_rewrite_changes_the_most_significant_word_first(pipe):
+    case = case_of(pipe)
+    assert sorted(word_order(case, PROMPTS[0])) == list(range(6))
+    near = nearest_words(pipe, "kite", 5)
+    assert len(set(near)) == min(5, len(whole_words(pipe.tokenizer))) and "kite" not in near
+    remedy = Rewrite(candidates=4, share=0.2)(case)
+    old, new = PROMPTS[0].split(), remedy.prompts[0].split()
+    first = word_order(case, PROMPTS[0])[0]
+    del old[first]
+    rest = iter(new)
+    assert all(word in rest for word in old)  # the others stay, in their order
+    with torch.no_grad():
+        assert (case.score("anisotropy", remedy.embeds) <= case.score("anisotropy", case.embeds) + 1e-6).all()
+    assert remedy.prompts[2] == "" and remedy.iterations[2] == 0
+
+
+def test_sampling_without_a_remedy_is_plain_generation(pipe):
+    case = case_of(pipe)
+    plain = sample(case, Remedy.unchanged(case))
+    guided = sample(case, Remedy.unchanged(
+        case, guide=lambda rows: lambda index, p: p.uncond + case.guidance_scale * p.guidance,
+        around=lambda rows: nullcontext(),
+    ))  # fmt: skip
+    assert np.array_equal(plain, guided)
