@@ -233,9 +233,24 @@ class Visits:
         return latents.float() * self.vae.config.scaling_factor
 
 
-def train_unet(prediction: str, start: str | None, work: Path, steps: int) -> None:
-    """One UNet of ``prediction`` type, from the weights of stage ``start`` or from scratch, frozen text encoder."""
-    stage = {"epsilon": "eps", "v_prediction": "v"}[prediction]
+def train_unet(
+    prediction: str,
+    start: str | None,
+    work: Path,
+    steps: int,
+    *,
+    stage: str,
+    out: Path,
+    skip_above: float | None = None,
+) -> None:
+    """One UNet of ``prediction`` type, from the weights of stage ``start`` or from scratch, frozen text encoder.
+
+    Args:
+        stage: names its log and its batches' share of empty captions.
+        out: folder of the finished pipeline.
+        skip_above: leave out visits whose guidance vector, at the visit's own noisy latents, has a larger norm (Wen et
+            al., ICLR 2024, section 5.2).
+    """
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(**UNET)
     if start:
@@ -260,8 +275,13 @@ def train_unet(prediction: str, start: str | None, work: Path, steps: int) -> No
         noisy = scheduler.add_noise(latents, noise, t)
         target = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, t)
         with mixed_precision():
-            output = unet(noisy, t, torch.stack([embedded[prompt] for prompt in drawn])).sample
-        return mse_loss(output.float(), target)
+            output = unet(noisy, t, torch.stack([embedded[prompt] for prompt in drawn])).sample.float()
+        if skip_above is None:
+            return mse_loss(output, target)
+        with torch.no_grad(), mixed_precision():
+            uncond = unet(noisy, t, embedded[""].expand(UNET_BATCH, -1, -1)).sample.float()
+        kept = (output.detach() - uncond).flatten(1).norm(dim=1) <= skip_above
+        return ((output - target).square().mean((1, 2, 3)) * kept).sum() / kept.sum().clamp_min(1)
 
     def watch(model: UNet2DConditionModel) -> dict[str, float]:
         return separation(model, scheduler, captions, embedded)
@@ -273,15 +293,21 @@ def train_unet(prediction: str, start: str | None, work: Path, steps: int) -> No
         peak=1e-3,
         folder=work / stage,
         watch=watch,
-        recipe=f"{prediction}, {steps} steps, on {digest(MODELS / 'vae')} and {digest(MODELS / 'clip')}",
+        recipe=f"{prediction}, {steps} steps, on {digest(MODELS / 'vae')} and {digest(MODELS / 'clip')}"
+        + ("" if skip_above is None else f", skipping above {skip_above:g}"),
     )
+    save_pipeline(unet, text_encoder, tokenizer, scheduler, out)
+
+
+def save_pipeline(unet, text_encoder, tokenizer, scheduler, out: Path) -> None:
+    """A whole pipeline in fp16, with the shipped autoencoder."""
     vae = AutoencoderKL.from_pretrained(MODELS / "vae", dtype=torch.float16)
     for part in (vae, unet):
         part.register_to_config(_name_or_path="")  # else the saved configs hold paths of this machine
     StableDiffusionPipeline(
         vae, text_encoder.half(), tokenizer, unet.half(), scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(MODELS / f"testbed-{stage}")
-    tokenizer.backend_tokenizer.model.save(str(MODELS / f"testbed-{stage}" / "tokenizer"))
+    ).save_pretrained(out)
+    tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
 
 
 @torch.no_grad()
@@ -320,8 +346,8 @@ UNET_STEPS, UNET_BATCH = {"eps": 4000, "v": 1800}, 32
 STAGES = {
     "vae": train_vae,
     "text": train_text,
-    "eps": lambda work: train_unet("epsilon", None, work, UNET_STEPS["eps"]),
-    "v": lambda work: train_unet("v_prediction", "eps", work, UNET_STEPS["v"]),
+    "eps": lambda work: train_unet("epsilon", None, work, UNET_STEPS["eps"], stage="eps", out=MODELS / "testbed-eps"),
+    "v": lambda work: train_unet("v_prediction", "eps", work, UNET_STEPS["v"], stage="v", out=MODELS / "testbed-v"),
 }
 
 
