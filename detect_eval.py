@@ -133,8 +133,16 @@ def evaluate(run: Run, resamples: int, sum_weights: tuple[float, float] | None =
             for (name, n), metrics in measured.items()
         ],
         "paired": _paired(measured),
-        "costs": read_json(run.folder / "costs.json") if (run.folder / "costs.json").exists() else {},
+        "costs": _costs(run),
     }  # fmt: skip
+
+
+def _costs(run: Run) -> dict[str, dict]:
+    """What ``--measure-costs`` wrote, by the name of every score; a term costs what its detector does."""
+    path = run.folder / "costs.json"
+    costs = read_json(path) if path.exists() else {}
+    terms = {term: name for name, settings in run.settings["detectors"].items() for term in settings["terms"]}
+    return {**{term: costs[name] for term, name in terms.items() if name in costs}, **costs}
 
 
 def _paired(measured: dict[tuple[str, int | None], Metrics]) -> list[dict]:
@@ -183,7 +191,7 @@ def _cost_cells(row: dict, costs: dict) -> dict:
     if not costs:
         return {}
     cost = costs.get(row["detector"])
-    if cost is None or row["images"] is None:  # a term, a learned score, a text score: what they are made of pays
+    if cost is None or row["images"] is None:  # a learned score, a text score: what they are made of pays
         return {"needs": "-", "UNet": "-", "s/prompt": "-"}
     n = row["images"]
     return {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.3g}"}

@@ -11,6 +11,7 @@ from conftest import GOLDEN, load_tiny
 from local_sd_pipeline import NoisePrediction
 from memorization.detectors import DETECTORS, make_detectors
 from memorization.detectors.anisotropy import COSINE_MODES, Anisotropy
+from memorization.detectors.fused import Fused
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
 
@@ -123,6 +124,18 @@ def test_every_detector_gives_its_terms():
         values = detector([point(t=981, seed=1), point(t=41, seed=2)][: len(detector.steps)])
         assert tuple(values) == detector.terms and detector.terms[0] == name
         assert {value.shape for value in values.values()} == {(3, 2)}
+
+
+def test_fused_is_the_norm_and_the_turn():
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond, x = (torch.randn(*axes, 4, 3, 3, generator=generator) for axes in ((3, 2), (2,), (2,)))
+    high, lower = (NoisePrediction(t, x, uncond, k * cond, 0.5, 0.5, "epsilon") for t, k in ((981, 1), (781, 2)))
+    value = Fused(turn_weight=10.0)([high, lower])["fused"][1, 0].item()
+    c, u = cond[1, 0].flatten().double(), uncond[0].flatten().double()
+    turn = 1 - (c @ u / c.norm() / u.norm()).item()
+    assert value == pytest.approx((c - u).norm().item() + 10 * turn, rel=1e-5)
+    grid = load_tiny("tiny-eps").detection_timesteps()
+    assert [grid[place] for place in Fused.steps] == [981, 781]
 
 
 def test_unknown_detector_names_the_known_ones():

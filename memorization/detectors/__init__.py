@@ -21,6 +21,7 @@ from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.attention_entropy import AttentionEntropy
 from memorization.detectors.bright_ending import BrightEnding
 from memorization.detectors.flipd import Flipd
+from memorization.detectors.fused import Fused
 from memorization.detectors.guidance_flux import GuidanceFlux
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.detectors.one_step_denoising import OneStepDenoising
@@ -89,8 +90,8 @@ class ImageDetector(Detector, Protocol):
 DETECTORS: dict[str, type[Detector]] = {
     cls.name: cls
     for cls in (
-        Anisotropy, NoiseNorm, OneStepDenoising, Sharpness, Flipd, TrajectoryNorm, BrightEnding, AttentionEntropy,
-        Transition, TrajectoryZ, GuidanceFlux, PLaplace,
+        Anisotropy, NoiseNorm, OneStepDenoising, Fused, Sharpness, Flipd, TrajectoryNorm, BrightEnding,
+        AttentionEntropy, Transition, TrajectoryZ, GuidanceFlux, PLaplace,
     )
 }  # fmt: skip
 
