@@ -1,0 +1,204 @@
+"""A local index of training pictures: ``python -m memorization.index build FOLDER --out INDEX``
+
+  python -m memorization.index build FOLDER --out INDEX                a folder of pictures; metadata.jsonl for captions
+  python -m memorization.index build prompts/testbed.csv --out INDEX   a list with columns image and prompt
+  python -m memorization.index search INDEX picture.png -k 5
+
+Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
+chunks. Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.images import list_images
+from memorization.prompts import read_prompts
+from memorization.results import read_json, write_atomically
+from memorization.similarity.sscd import SSCD
+
+FEATURES = ("pixels", "sscd")
+CHUNK = 4096  # rows of the index that are in memory at once while searching
+
+
+class Index:
+    """Training pictures, their captions and features.
+
+    Attributes:
+        kind: ``pixels`` (uint8, the picture at ``size``) or ``sscd`` (unit vectors).
+        size: (height, width) that pictures were brought to.
+        features: memory-mapped, ``(pictures, width)``.
+        paths, captions: of every picture.
+
+    Raises:
+        InputError: the folder holds no finished index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "index.json").is_file():
+            raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
+        record = read_json(folder / "index.json")
+        self.kind, self.size = record["kind"], tuple(record["size"])
+        items = _items(folder)
+        self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
+        dtype = {"pixels": np.uint8, "sscd": np.float32}[self.kind]
+        self.features = np.memmap(folder / "features.bin", dtype, "r").reshape(-1, record["width"])[: len(items)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def vectors(self, rows: Sequence[int] | slice) -> Tensor:
+        """``rows`` as they are compared, float32: pixels in [-1, 1], flattened ``(c, h, w)``, or unit vectors."""
+        found = torch.from_numpy(np.array(self.features[rows])).float()
+        return found / 127.5 - 1 if self.kind == "pixels" else found
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` nearest of every query ``(n, width)``: distances ``(n, k)``, nearest first, and rows ``(n, k)``.
+
+        Root mean square difference / 2 for pixels, 1 - cosine for SSCD.
+        """
+        k = min(k, len(self))
+        best = torch.full((len(queries), k), torch.inf)
+        rows = torch.zeros(len(queries), k, dtype=torch.long)
+        queries = queries.float().cpu()
+        for start in range(0, len(self), CHUNK):
+            chunk = self.vectors(slice(start, start + CHUNK))
+            distance = _l2(queries, chunk) if self.kind == "pixels" else 1 - queries @ chunk.T
+            merged, place = torch.cat([best, distance], 1).topk(k, largest=False)
+            number = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
+            rows = torch.cat([rows, number], 1).gather(1, place)
+            best = merged
+        return best, rows
+
+    def multiplicity(self, rows: Tensor) -> list[int]:
+        """How often the caption of the first of ``rows (n, k)`` occurs among all of them, a count a query."""
+        captions = [[self.captions[i] for i in neighbours] for neighbours in rows.tolist()]
+        return [Counter(own)[own[0]] for own in captions]
+
+
+def _l2(left: Tensor, right: Tensor) -> Tensor:
+    """Root mean square difference / 2, ``(n, m)``, of pixels in [-1, 1]."""
+    return torch.cdist(left, right) / (2 * left.shape[1] ** 0.5)
+
+
+def _items(folder: Path) -> list[dict]:
+    path = folder / "items.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def listed(source: Path) -> list[dict]:
+    """``{"path", "caption"}`` of every picture of a folder, or of a list with a column ``image``.
+
+    Raises:
+        InputError: neither, or it names no picture.
+    """
+    if source.is_dir():
+        frame = list_images(source)
+    else:
+        frame = read_prompts(source)
+        if "image" not in frame:
+            raise InputError(f"{source}: no column 'image'")
+        frame = frame[frame["image"] != ""]
+    if frame.empty:
+        raise InputError(f"{source}: names no picture")
+    return [
+        {"path": str(path), "caption": caption} for path, caption in zip(frame["image"], frame["prompt"], strict=True)
+    ]
+
+
+def build(source: Path, folder: Path, kind: str, size: tuple[int, int], at_once: int = 64) -> Index:
+    """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
+
+    Raises:
+        InputError: the folder holds an index of another kind or size, or SSCD cannot be had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    embed = SSCD() if kind == "sscd" else None
+    width = 512 if embed else size[0] * size[1] * 3
+    record = {"kind": kind, "size": list(size), "width": width}
+    if (folder / "index.json").exists() and read_json(folder / "index.json") != record:
+        raise InputError(f"{folder}: holds an index of another kind or size; choose another --out")
+    done = _items(folder)
+    known = {item["path"] for item in done}
+    row = width * (4 if embed else 1)  # bytes
+    with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
+        features.truncate(len(done) * row)  # what a killed build wrote of its last batch goes
+        items.truncate(sum(len(_line(item)) for item in done))
+        new = [item for item in listed(source) if item["path"] not in known]
+        for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures"):
+            batch = [(item, picture) for item in new[start : start + at_once]
+                     if (picture := _read(item["path"], source, size)) is not None]  # fmt: skip
+            if not batch:
+                continue
+            pictures = np.stack([picture for _, picture in batch])
+            found = embed(pictures).astype(np.float32) if embed else pictures.transpose(0, 3, 1, 2)
+            features.write(np.ascontiguousarray(found).tobytes())
+            features.flush()
+            items.write(b"".join(_line(item) for item, _ in batch))
+            items.flush()
+    write_atomically(folder / "index.json", json.dumps(record) + "\n")
+    return Index(folder)
+
+
+def _line(item: dict) -> bytes:
+    return (json.dumps(item, ensure_ascii=False) + "\n").encode()
+
+
+def _read(name: str, source: Path, size: tuple[int, int]) -> np.ndarray | None:
+    """The picture, uint8 ``(h, w, 3)``; None, and a line on standard error, where it cannot be read."""
+    places = [Path(name), source.parent / name]
+    try:
+        path = next((place for place in places if place.is_file()), places[0])
+        return np.asarray(Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
+    except OSError as error:
+        print(f"skipped: {name} ({error})", file=sys.stderr)
+        return None
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("build", help="make an index, or add to it")
+    make.add_argument("source", type=Path, help="a folder of pictures, or a list with columns image and prompt")
+    make.add_argument("--out", type=Path, required=True, metavar="INDEX")
+    make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
+    make.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="default: 64 64")
+    find = commands.add_parser("search", help="the training pictures nearest to pictures of yours")
+    find.add_argument("index", type=Path)
+    find.add_argument("pictures", nargs="+")
+    find.add_argument("-k", type=int, default=5)
+    args = parser.parse_args()
+    if args.command == "build":
+        index = build(args.source, args.out, args.features, tuple(args.size))
+        print(f"{args.out}: {len(index)} pictures, {index.kind}")
+        return
+    index = Index(args.index)
+    pictures = [picture for name in args.pictures if (picture := _read(name, Path(name), index.size)) is not None]
+    if not pictures:
+        raise InputError("none of the pictures can be read")
+    queries = np.stack(pictures)
+    if index.kind == "sscd":
+        vectors = torch.from_numpy(SSCD()(queries)).float()
+    else:
+        vectors = torch.from_numpy(queries).permute(0, 3, 1, 2).flatten(1).float() / 127.5 - 1
+    for name, distances, rows in zip(args.pictures, *index.search(vectors, args.k), strict=False):
+        print(name)
+        for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):
+            print(f"  {distance:.3f}  {index.paths[row]}  {index.captions[row]}")
+
+
+if __name__ == "__main__":
+    run_script(main)
