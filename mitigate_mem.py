@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 from pathlib import Path
 
 from memorization.errors import ArgumentParser, InputError, run_script
 
 ROOT = Path(__file__).resolve().parent
+SCORED_BY = "anisotropy"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,24 +34,31 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompts", type=Path, metavar="FILE", help=".txt, .csv or .jsonl (default: the model's own list)")
     add("--method", default="anisotropy", metavar="NAME", help="see below (default: %(default)s)")
     add("--strength", type=float, metavar="S", help="see below (default: the method's own)")
-    add("--calibration", type=Path, metavar="FILE",
-        help="written by detect_eval.py --calibrate (default: the model's own)")
+    add("--set", action="append", default=[], metavar="SETTING=VALUE", dest="assignments",
+        help="another setting of the method, as in target=3 (the score to stop at) or lr=0.1; may be repeated")
+    add("--calibration", metavar="FILE|none",
+        help="written by detect_eval.py --calibrate: threshold and levels (default: the model's own)")
     add("--threshold", default="auto", metavar="X|auto",
         help="anisotropy score from which on a prompt is mitigated (default: the calibrated one)")
     add("--all", action="store_true", help="mitigate every prompt, whatever its score")
-    add("--num-images", type=int, metavar="N", help="noises a prompt (default: as calibrated)")
+    add("--limit", type=int, metavar="N", help="the first N of these prompts")
+    add("--num-images", type=int, metavar="N", help="noises a prompt (default: as calibrated, else 4)")
     add("--seed", type=int, default=51, help="of the noise (default: %(default)s)")
     add("--steps", type=int, default=50, help="of a generation (default: %(default)s)")
     add("--guidance-scale", type=float, metavar="S", help="default: the model's config, else 7.5")
+    add("--clip", metavar="FOLDER|HUB_ID|none", help="judges text alignment (default: the model's config)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by hardware")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="the first N of these prompts")
+    add("--batch-size", type=int, metavar="N", help="rows to a UNet call, halved on out of memory (default: by device)")
     add("--out", type=Path, metavar="DIR", help="default: results/local/<model>-<method>")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     # fmt: on
     args = parser.parse_args()
-    if (args.num_images is not None and args.num_images < 1) or not 3 <= args.steps <= 500:
-        parser.error("--num-images is at least 1, --steps from 3 to 500")
+    for name in ("num_images", "limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    if not 3 <= args.steps <= 500 or not 0 <= args.seed < 2**63:
+        parser.error("--steps is from 3 to 500, --seed from 0 to 2^63 - 1")
     return args
 
 
@@ -96,7 +105,7 @@ def summary(rows: list[dict], copy: dict[str, float]) -> str:
     found = []
     names = {"score": "anisotropy", "nl2": "nL2 to the training picture", "sscd": "SSCD to it", "clip": "CLIP score"}
     for key, name in names.items():
-        pairs = [(row[f"{key}_before"], row[f"{key}_after"]) for row in rows if f"{key}_before" in row]
+        pairs = [(row[f"{key}_before"], row[f"{key}_after"]) for row in rows if f"{key}_after" in row]
         if pairs:
             before, after = (np.concatenate([np.atleast_1d(pair[i]) for pair in pairs]) for i in (0, 1))
             found.append({"measure": name, "before": f"{before.mean():.3f}", "after": f"{after.mean():.3f}"})
@@ -106,34 +115,59 @@ def summary(rows: list[dict], copy: dict[str, float]) -> str:
     return markdown(pd.DataFrame(found))
 
 
-def picture_files(frame, listed: Path) -> list[Path | None]:
-    """The training picture of each row, by its column ``image``: beside the list or in the project.
+def threshold_of(args: argparse.Namespace, calibration) -> float | None:
+    """The score from which on a prompt is mitigated; None for all of them.
 
     Raises:
-        InputError: a file is not there.
+        InputError: there is no calibration to take it from, or it is no number.
     """
-    found = []
-    for name in frame["image"] if "image" in frame else [""] * len(frame):
-        places = [folder / str(name) for folder in (listed.parent, ROOT)] if name else []
-        path = next((place for place in places if place.is_file()), None)
-        if name and path is None:
-            raise InputError(f"{listed}: training picture {name} is not there")
-        found.append(path)
-    return found
+    if args.all:
+        return None
+    if args.threshold != "auto":
+        try:
+            threshold = float(args.threshold)
+        except ValueError:
+            threshold = math.nan
+        if math.isnan(threshold):
+            raise InputError(f"--threshold {args.threshold}: a number, or auto")
+        return threshold
+    if SCORED_BY not in calibration.thresholds:
+        raise InputError(
+            "no calibrated threshold: give --calibration FILE (by detect_eval.py --calibrate), --threshold X or --all"
+        )
+    return calibration.thresholds[SCORED_BY]
+
+
+def method_of(args: argparse.Namespace):
+    """The mitigation that the flags name.
+
+    Raises:
+        InputError: there is none such.
+    """
+    import yaml
+
+    from memorization.mitigations import make_mitigation
+
+    settings = {} if args.strength is None else {"strength": args.strength}
+    for assignment in args.assignments:
+        name, _, value = assignment.partition("=")
+        if not value:
+            raise InputError(f"--set {assignment}: write SETTING=VALUE")
+        settings[name] = yaml.safe_load(value)
+    return make_mitigation(args.method, settings)
 
 
 def flagged(case_of, prompts: list[str], threshold: float, at_once: int) -> list[bool]:
     """Which prompts score at or above ``threshold``."""
-    import torch
     from tqdm import tqdm
 
-    from memorization.mitigation import SCORED_BY
+    from memorization.mitigation import scores_of
+    from memorization.mitigations import Remedy
 
     scores = []
-    with torch.no_grad():
-        for start in tqdm(range(0, len(prompts), at_once), desc="score", disable=len(prompts) < at_once):
-            case = case_of(prompts[start : start + at_once])
-            scores += case.score(SCORED_BY, case.embeds).tolist()
+    for start in tqdm(range(0, len(prompts), at_once), desc="score", disable=len(prompts) <= at_once):
+        case = case_of(prompts[start : start + at_once])
+        scores += scores_of(case, Remedy.unchanged(case))
     return [score >= threshold for score in scores]
 
 
@@ -150,37 +184,37 @@ def main() -> None:
     from memorization.calibration import Calibration, read_calibration
     from memorization.detection import default_batch_size
     from memorization.detectors import make_detectors
-    from memorization.mitigation import SCORED_BY, contact_sheet, run_mitigation
-    from memorization.mitigations import Case, make_mitigation
+    from memorization.mitigation import contact_sheet, run_mitigation
+    from memorization.mitigations import Case, level_of
     from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
-    from memorization.prompts import read_prompts
     from memorization.results import ResultStore, read_lines
-    from memorization.similarity.clip import Clip
-    from memorization.similarity.judge import Judge
-    from memorization.similarity.sscd import SSCD, find_weights
+    from memorization.similarity.judge import make_judge
 
-    spec, mitigation = find_model(args.model), make_mitigation(args.method, args.strength)
-    path = args.calibration or (ROOT / spec.calibration if spec.calibration else None)
-    calibration = read_calibration(path) if path else Calibration()
+    spec, mitigation = find_model(args.model), method_of(args)
+    path = args.calibration or spec.calibration
+    calibration = read_calibration(ROOT / path) if path and path != "none" else Calibration()
     images = args.num_images or calibration.holds_for.get("num_images", 4)
-    calibration.check({"model": args.model, "num_images": images})
-    threshold = threshold_of(args, calibration, SCORED_BY)
+    threshold = threshold_of(args, calibration)
+    to_level = getattr(mitigation, "lowers", None) and mitigation.target is None
+    if to_level:
+        level_of(calibration.levels, mitigation)  # refuse before anything is loaded
+    if to_level or (args.threshold == "auto" and not args.all):
+        calibration.check({"model": args.model, "num_images": images})
+    frame, known = read_list(args, spec)
 
-    listed = args.prompts or (ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None)
-    if listed is None:
-        raise InputError(f"model {spec.name!r} has no list of its own: give --prompts FILE")
-    frame = read_prompts(listed)
-    frame["picture"] = picture_files(frame, listed)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
+    if dtype == "float16" and hasattr(mitigation, "lowers"):
+        raise InputError(f"{args.method}: gradients are lost in float16; give --dtype float32 or bfloat16")
     pipe = load_pipeline(spec, dtype, device, images=True)
-    detectors = make_detectors(
-        ["anisotropy", "noise_norm"], {"anisotropy": {**spec.anisotropy, **calibration.anisotropy}}
-    )
+    if device.type == "cuda":
+        pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
+    anisotropy = {**spec.anisotropy, **calibration.anisotropy}
+    detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": anisotropy})
     guidance_scale = spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    batch_size, noise = default_batch_size(pipe), pipe.pure_noise(images, args.seed)
+    default_size, noise = args.batch_size or default_batch_size(pipe), pipe.pure_noise(images, args.seed)
 
-    def case_of(prompts: list[str]) -> Case:
+    def case_of(prompts: list[str], batch_size: int = default_size) -> Case:
         with torch.no_grad():
             embeds = pipe.embed(prompts).float()
         return Case(
@@ -188,49 +222,48 @@ def main() -> None:
             calibration.holds_for.get("steps", 50), guidance_scale, args.seed, batch_size,
         )  # fmt: skip
 
-    at_once = max(1, batch_size // images)
-    known = [picture for picture in frame["picture"] if picture]
     if threshold is not None:
-        frame = frame[flagged(case_of, frame["prompt"].tolist(), threshold, at_once)].reset_index(drop=True)
+        above = flagged(case_of, frame["prompt"].tolist(), threshold, max(1, default_size // images))
+        frame = frame[above].reset_index(drop=True)
     frame = frame[: args.limit]
     if frame.empty:
         print("no prompt scores at or above the threshold: nothing to mitigate")
         return
+    judge = make_judge(pipe, known, spec.clip if args.clip is None else args.clip)
     settings = {
         "model": args.model, "revision": revision_of(pipe), "method": args.method, **vars(mitigation),
+        "level": level_of(calibration.levels, mitigation) if to_level else None, "threshold": threshold,
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": images,
-        "seed": args.seed, "steps": args.steps, "guidance_scale": guidance_scale, "dtype": dtype,
-        "anisotropy": vars(detectors[0]), "threshold": threshold,
+        "seed": args.seed, "steps": args.steps, "grid_steps": calibration.holds_for.get("steps", 50),
+        "guidance_scale": guidance_scale, "dtype": dtype, "batch_size": default_size, "anisotropy": vars(detectors[0]),
+        "judge": judge.description,
     }  # fmt: skip
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    judge = Judge(
-        known, (size, size), Clip(spec.clip, device) if spec.clip else None, SSCD() if find_weights() else None
-    )
     out = args.out or ROOT / "results" / "local" / f"{spec.name}-{args.method}"
     with ResultStore(out, settings, {"device": str(device)}, args.overwrite, name="mitigations.jsonl") as store:
-        run_mitigation(case_of, mitigation, frame, judge, store, at_once=at_once)
+        run_mitigation(case_of, mitigation, frame, judge, store, batch_size=default_size, images=images)
     rows, _ = read_lines(out / "mitigations.jsonl")
-    report(rows, out, spec.copy_limits, contact_sheet(out, rows, frame["picture"].tolist(), out / "contact_sheet.png"))
+    sheet = contact_sheet(out, rows, frame["picture"].tolist(), images, out / "contact_sheet.png")
+    report(rows, out, spec.copy_limits, sheet)
 
 
-def threshold_of(args: argparse.Namespace, calibration, detector: str) -> float | None:
-    """The score from which on a prompt is mitigated; None for all of them.
+def read_list(args: argparse.Namespace, spec) -> tuple:
+    """The prompts with their training pictures (column ``picture``), and every training picture that is known.
 
     Raises:
-        InputError: there is no calibration to take it from, or it is no number.
+        InputError: there is no list.
     """
-    if args.all:
-        return None
-    if args.threshold != "auto":
-        try:
-            return float(args.threshold)
-        except ValueError:
-            raise InputError(f"--threshold {args.threshold}: a number, or auto") from None
-    if detector not in calibration.thresholds:
-        raise InputError(
-            "no calibrated threshold: give --calibration FILE (by detect_eval.py --calibrate), --threshold X or --all"
-        )
-    return calibration.thresholds[detector]
+    from memorization.prompts import read_prompts
+    from memorization.similarity.judge import picture_files
+
+    own = ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None
+    if args.prompts is None and own is None:
+        raise InputError(f"model {spec.name!r} has no list of its own: give --prompts FILE")
+    frame = read_prompts(args.prompts or own)
+    frame["picture"] = picture_files(frame, args.prompts or own)
+    known = [picture for picture in frame["picture"] if picture]
+    if own and own != args.prompts:
+        known += [picture for picture in picture_files(read_prompts(own), own) if picture]
+    return frame, known
 
 
 if __name__ == "__main__":

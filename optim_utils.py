@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 
 class Descent(NamedTuple):
@@ -34,9 +33,8 @@ def descend(
     *,
     lr: float = 0.05,
     iterations: int = 10,
-    target: float | Tensor | None = None,
+    target: float | None = None,
     free: Tensor | None = None,
-    progress: bool = True,
 ) -> Descent:
     """Adam on every row of ``start`` at once; rows do not see one another.
 
@@ -47,33 +45,33 @@ def descend(
         start: ``(rows, ...)``.
         target: a row stops once its loss is at or below it.
         free: what may move, broadcast over ``start``; ones and zeros.
+
+    Raises:
+        FloatingPointError: a loss is not finite; names the row.
     """
     moving = start.detach().float().clone().requires_grad_()
     optimizer = torch.optim.Adam([moving], lr=lr)
-    best, lowest = start.detach().float().clone(), torch.full((len(start),), torch.inf, device=start.device)
-    active = torch.ones(len(start), dtype=torch.bool, device=start.device)
-    steps, losses = torch.zeros(len(start), dtype=torch.long, device=start.device), []
-    for step in tqdm(range(iterations + 1), desc="descent", disable=not progress, leave=False):
-        rows = active.nonzero()[:, 0]
-        with torch.enable_grad():
+    best, lowest = moving.detach().clone(), torch.full((len(start),), torch.inf, device=start.device)
+    rows = torch.arange(len(start), device=start.device)  # those that still move
+    steps, losses = torch.zeros_like(rows), []
+    for step in range(iterations + 1):
+        with torch.set_grad_enabled(step < iterations):
             loss = loss_of(moving[rows], rows)
-            if step < iterations:
-                (gradient,) = torch.autograd.grad(loss.sum(), moving)
+        if not loss.isfinite().all():
+            raise FloatingPointError(f"the loss of row {rows[~loss.isfinite()][0].item()} is not finite")
         seen = torch.full_like(lowest, torch.nan).index_put((rows,), loss.detach().float())
         losses.append(seen)
-        better = active & (seen < lowest)
+        better = seen < lowest  # never where it is NaN
         best[better], lowest[better] = moving.detach()[better], seen[better]
-        if target is not None:
-            active = active & ~(seen <= target)
-        if step == iterations or not active.any():
+        going = torch.ones_like(rows, dtype=torch.bool) if target is None else loss.detach() > target
+        if step == iterations or not going.any():
             break
-        still = active.view(-1, *[1] * (moving.dim() - 1))
-        moving.grad = torch.where(still, gradient if free is None else gradient * free, 0.0)
-        held = moving.detach().clone()
+        (gradient,) = torch.autograd.grad(loss[going].sum(), moving)
+        # Rows that have stopped are moved on by Adam's memory; nobody looks at them any more.
+        moving.grad = gradient if free is None else gradient * free
         optimizer.step()
-        with torch.no_grad():  # Adam moves by its memory even where the gradient is 0
-            moving.copy_(torch.where(still, moving if free is None else torch.where(free.bool(), moving, held), held))
-        steps += active
+        rows = rows[going]
+        steps[rows] += 1
     return Descent(best, torch.stack(losses), steps)
 
 

@@ -6,10 +6,12 @@
 
 Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
 chunks. Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
+Features are the pictures themselves at a small size (``pixels``), or SSCD descriptors of the whole pictures (``sscd``).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from collections import Counter
@@ -26,10 +28,11 @@ from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.images import list_images
 from memorization.prompts import read_prompts
 from memorization.results import read_json, write_atomically
+from memorization.similarity.pixel import l2
 from memorization.similarity.sscd import SSCD
 
 FEATURES = ("pixels", "sscd")
-CHUNK = 4096  # rows of the index that are in memory at once while searching
+CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
 
 
 class Index:
@@ -37,7 +40,7 @@ class Index:
 
     Attributes:
         kind: ``pixels`` (uint8, the picture at ``size``) or ``sscd`` (unit vectors).
-        size: (height, width) that pictures were brought to.
+        size: (height, width) that pictures were brought to; None for ``sscd``.
         features: memory-mapped, ``(pictures, width)``.
         paths, captions: of every picture.
 
@@ -49,8 +52,10 @@ class Index:
         if not (folder / "index.json").is_file():
             raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
         record = read_json(folder / "index.json")
-        self.kind, self.size = record["kind"], tuple(record["size"])
+        self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
         items = _items(folder)
+        if not items:
+            raise InputError(f"{folder}: the index holds no picture")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         dtype = {"pixels": np.uint8, "sscd": np.float32}[self.kind]
         self.features = np.memmap(folder / "features.bin", dtype, "r").reshape(-1, record["width"])[: len(items)]
@@ -73,9 +78,10 @@ class Index:
         best = torch.full((len(queries), k), torch.inf)
         rows = torch.zeros(len(queries), k, dtype=torch.long)
         queries = queries.float().cpu()
-        for start in range(0, len(self), CHUNK):
-            chunk = self.vectors(slice(start, start + CHUNK))
-            distance = _l2(queries, chunk) if self.kind == "pixels" else 1 - queries @ chunk.T
+        step = max(1, CHUNK // (4 * self.features.shape[1]))
+        for start in range(0, len(self), step):
+            chunk = self.vectors(slice(start, start + step))
+            distance = l2(queries, chunk) if self.kind == "pixels" else 1 - queries @ chunk.T
             merged, place = torch.cat([best, distance], 1).topk(k, largest=False)
             number = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
             rows = torch.cat([rows, number], 1).gather(1, place)
@@ -88,15 +94,12 @@ class Index:
         return [Counter(own)[own[0]] for own in captions]
 
 
-def _l2(left: Tensor, right: Tensor) -> Tensor:
-    """Root mean square difference / 2, ``(n, m)``, of pixels in [-1, 1]."""
-    return torch.cdist(left, right) / (2 * left.shape[1] ** 0.5)
-
-
 def _items(folder: Path) -> list[dict]:
     path = folder / "items.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    content = path.read_bytes() if path.exists() else b""
+    return [
+        json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()
+    ]  # bytes: captions may hold U+2028
 
 
 def listed(source: Path) -> list[dict]:
@@ -119,22 +122,31 @@ def listed(source: Path) -> list[dict]:
     ]
 
 
-def build(source: Path, folder: Path, kind: str, size: tuple[int, int], at_once: int = 64) -> Index:
+def build(source: Path, folder: Path, kind: str, size: tuple[int, int] | None, at_once: int = 64) -> Index:
     """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
 
+    Args:
+        size: (height, width) for ``pixels``; None for ``sscd``.
+
     Raises:
-        InputError: the folder holds an index of another kind or size, or SSCD cannot be had.
+        InputError: the folder holds an index of another kind or size, or is being built, or SSCD cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
     embed = SSCD() if kind == "sscd" else None
     width = 512 if embed else size[0] * size[1] * 3
-    record = {"kind": kind, "size": list(size), "width": width}
-    if (folder / "index.json").exists() and read_json(folder / "index.json") != record:
+    record = {"kind": kind, "size": size and list(size), "width": width}
+    if not (folder / "index.json").exists():
+        write_atomically(folder / "index.json", json.dumps(record) + "\n")
+    if read_json(folder / "index.json") != record:
         raise InputError(f"{folder}: holds an index of another kind or size; choose another --out")
     done = _items(folder)
     known = {item["path"] for item in done}
     row = width * (4 if embed else 1)  # bytes
     with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
+        try:
+            fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is building this index") from None
         features.truncate(len(done) * row)  # what a killed build wrote of its last batch goes
         items.truncate(sum(len(_line(item)) for item in done))
         new = [item for item in listed(source) if item["path"] not in known]
@@ -143,27 +155,32 @@ def build(source: Path, folder: Path, kind: str, size: tuple[int, int], at_once:
                      if (picture := _read(item["path"], source, size)) is not None]  # fmt: skip
             if not batch:
                 continue
-            pictures = np.stack([picture for _, picture in batch])
-            found = embed(pictures).astype(np.float32) if embed else pictures.transpose(0, 3, 1, 2)
+            pictures = [picture for _, picture in batch]
+            found = _describe(embed, pictures) if embed else np.stack(pictures).transpose(0, 3, 1, 2)
             features.write(np.ascontiguousarray(found).tobytes())
             features.flush()
             items.write(b"".join(_line(item) for item, _ in batch))
             items.flush()
-    write_atomically(folder / "index.json", json.dumps(record) + "\n")
     return Index(folder)
+
+
+def _describe(embed: SSCD, pictures: list[np.ndarray]) -> np.ndarray:
+    """SSCD descriptors of pictures of any size, float32 ``(n, 512)``."""
+    return np.concatenate([embed(picture[None]) for picture in pictures]).astype(np.float32)
 
 
 def _line(item: dict) -> bytes:
     return (json.dumps(item, ensure_ascii=False) + "\n").encode()
 
 
-def _read(name: str, source: Path, size: tuple[int, int]) -> np.ndarray | None:
-    """The picture, uint8 ``(h, w, 3)``; None, and a line on standard error, where it cannot be read."""
-    places = [Path(name), source.parent / name]
+def _read(name: str, source: Path, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The picture, uint8 ``(h, w, 3)``, at ``size`` if given; None, and a line on standard error where unreadable."""
+    places = [source.parent / name, Path(name)]
+    path = next((place for place in places if place.is_file()), places[0])
     try:
-        path = next((place for place in places if place.is_file()), places[0])
-        return np.asarray(Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
-    except OSError as error:
+        picture = Image.open(path).convert("RGB")
+        return np.asarray(picture.resize(size[::-1], Image.Resampling.LANCZOS) if size else picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         print(f"skipped: {name} ({error})", file=sys.stderr)
         return None
 
@@ -175,26 +192,30 @@ def main() -> None:
     make.add_argument("source", type=Path, help="a folder of pictures, or a list with columns image and prompt")
     make.add_argument("--out", type=Path, required=True, metavar="INDEX")
     make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
-    make.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="default: 64 64")
+    make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixel features (default: 64 64)")
     find = commands.add_parser("search", help="the training pictures nearest to pictures of yours")
     find.add_argument("index", type=Path)
     find.add_argument("pictures", nargs="+")
     find.add_argument("-k", type=int, default=5)
     args = parser.parse_args()
     if args.command == "build":
-        index = build(args.source, args.out, args.features, tuple(args.size))
+        if args.size and (args.features == "sscd" or min(args.size) < 1):
+            parser.error("--size is for pixel features, and at least 1 1")
+        size = tuple(args.size or (64, 64)) if args.features == "pixels" else None
+        index = build(args.source, args.out, args.features, size)
         print(f"{args.out}: {len(index)} pictures, {index.kind}")
         return
     index = Index(args.index)
-    pictures = [picture for name in args.pictures if (picture := _read(name, Path(name), index.size)) is not None]
+    if args.k < 1:
+        parser.error("-k is at least 1")
+    pictures = {name: picture for name in args.pictures if (picture := _read(name, Path(), index.size)) is not None}
     if not pictures:
         raise InputError("none of the pictures can be read")
-    queries = np.stack(pictures)
     if index.kind == "sscd":
-        vectors = torch.from_numpy(SSCD()(queries)).float()
+        vectors = torch.from_numpy(_describe(SSCD(), list(pictures.values())))
     else:
-        vectors = torch.from_numpy(queries).permute(0, 3, 1, 2).flatten(1).float() / 127.5 - 1
-    for name, distances, rows in zip(args.pictures, *index.search(vectors, args.k), strict=False):
+        vectors = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2).flatten(1).float() / 127.5 - 1
+    for name, distances, rows in zip(pictures, *index.search(vectors, args.k), strict=True):
         print(name)
         for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):
             print(f"  {distance:.3f}  {index.paths[row]}  {index.captions[row]}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from memorization.detection import with_memory
+from memorization.errors import InputError
 from memorization.mitigations import Case, Mitigation, Remedy
 from memorization.plots import save_figure
 from memorization.results import ResultStore
@@ -42,9 +47,9 @@ def side(case: Case, remedy: Remedy, judge: Judge, training: Sequence[Path | Non
     started = time.perf_counter()
     pictures = sample(case, remedy)
     seconds = (time.perf_counter() - started) / len(case.prompts)
-    scores = scores_of(case, remedy)
+    scores = [{"score": score} for score in scores_of(case, remedy)] if remedy.scorable else [{}] * len(pictures)
     measured = [
-        {"score": score, **judge(own, prompt, path)}
+        {**score, **judge(own, prompt, path)}
         for score, own, prompt, path in zip(scores, pictures, case.prompts, training, strict=True)
     ]
     return Side(pictures, measured, round(seconds, 3))
@@ -52,10 +57,20 @@ def side(case: Case, remedy: Remedy, judge: Judge, training: Sequence[Path | Non
 
 @torch.no_grad()
 def scores_of(case: Case, remedy: Remedy, name: str = SCORED_BY) -> list[float]:
-    """Mean score of every prompt under the remedy's embedding, on the remedy's own noise."""
-    own = [replace(case, noise=latents).score(name, remedy.embeds[i : i + 1]).item()
-           for i, latents in enumerate(remedy.latents)]  # fmt: skip
-    return [float(f"{score:.6g}") for score in own]
+    """Mean score of every prompt under the remedy's embedding, on the remedy's own noise.
+
+    Raises:
+        InputError: a score is not finite; names the prompt.
+    """
+    if (remedy.latents == case.noise).all():
+        scores = case.score(name, remedy.embeds).tolist()
+    else:
+        alone = zip(remedy.latents, remedy.embeds.split(1), strict=True)
+        scores = [replace(case, noise=latents).score(name, embed).item() for latents, embed in alone]
+    for score, prompt in zip(scores, case.prompts, strict=True):
+        if not math.isfinite(score):
+            raise InputError(f"{name} is NaN or infinite for {prompt!r}; try --dtype float32")
+    return [float(f"{score:.6g}") for score in scores]
 
 
 class Outcome(NamedTuple):
@@ -89,7 +104,10 @@ def mitigate(
         before: the side without it, where it is known.
     """
     started = time.perf_counter()
-    remedy = mitigation(case)
+    try:
+        remedy = mitigation(case)
+    except FloatingPointError as error:
+        raise InputError(f"{mitigation.name}: {error}; try --dtype float32") from None
     seconds = (time.perf_counter() - started) / len(case.prompts)
     if before is None:
         before = side(case, Remedy.unchanged(case), judge, training)
@@ -97,26 +115,39 @@ def mitigate(
 
 
 def run_mitigation(
-    case_of: Callable[[list[str]], Case],
+    case_of: Callable[..., Case],
     mitigation: Mitigation,
     prompts: pd.DataFrame,
     judge: Judge,
     store: ResultStore,
     *,
-    at_once: int,
+    batch_size: int,
+    images: int,
 ) -> None:
     """Mitigate ``prompts`` into ``store``, from where it stopped.
 
-    Their columns: ``prompt``, and ``picture``, the file of the training picture or None.
+    Their columns: ``prompt``, and ``picture``, the file of the training picture or None. ``case_of(prompts,
+    batch_size=...)`` makes a case; on out of memory the batch size is halved.
 
     Beside the lines go ``images/<id>-before-<n>.png``, ``images/<id>-after-<n>.png`` and ``embeds/<id>.safetensors``
-    (``prompt_embeds``, and ``latents`` where the remedy is other noise).
+    (``prompt_embeds`` and ``latents``, whichever the remedy changed;
+    no file where it changes the sampling alone).
     """
     if store.done == len(prompts):
         return
     store.start()
     for name in ("images", "embeds"):
+        if store.done == 0:
+            shutil.rmtree(store.folder / name, ignore_errors=True)  # of a run that was overwritten
         (store.folder / name).mkdir(exist_ok=True)
+
+    def work(size: int) -> None:
+        _mitigate_all(partial(case_of, batch_size=size), mitigation, prompts, judge, store, max(1, size // images))
+
+    with_memory(work, store, batch_size)
+
+
+def _mitigate_all(case_of, mitigation, prompts: pd.DataFrame, judge: Judge, store: ResultStore, at_once: int) -> None:
     with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
         for start in range(store.done // at_once * at_once, len(prompts), at_once):
             batch = prompts.iloc[start : start + at_once]
@@ -134,27 +165,33 @@ def _save(folder: Path, number: int, case: Case, outcome: Outcome, i: int) -> No
     for when, one in (("before", outcome.before), ("after", outcome.after)):
         for n, picture in enumerate(one.pictures[i]):
             Image.fromarray(picture).save(folder / "images" / f"{number:04d}-{when}-{n}.png")
-    tensors = {"prompt_embeds": outcome.remedy.embeds[i : i + 1].contiguous()}
-    if not torch.equal(outcome.remedy.latents[i], case.noise):
-        tensors["latents"] = outcome.remedy.latents[i].contiguous()
-    save_file(tensors, folder / "embeds" / f"{number:04d}.safetensors")
+    embeds, latents = outcome.remedy.embeds[i], outcome.remedy.latents[i]
+    tensors = {}
+    if not torch.equal(embeds, case.embeds[i]):
+        tensors["prompt_embeds"] = embeds[None].contiguous()
+    if not torch.equal(latents, case.noise):
+        tensors["latents"] = latents.contiguous()
+    if tensors:  # a file with the memorized prompt's own embedding would be no remedy
+        save_file(tensors, folder / "embeds" / f"{number:04d}.safetensors")
 
 
-def contact_sheet(folder: Path, rows: list[dict], images: Sequence[Path | None], path: Path, limit: int = 16) -> Path:
-    """Training picture, before and after, a row a prompt."""
+def contact_sheet(
+    folder: Path, rows: list[dict], training: Sequence[Path | None], count: int, path: Path, limit: int = 16
+) -> Path:
+    """Training picture, ``count`` pictures before and as many after, a row a prompt."""
     rows = rows[:limit]
-    count = len(list((folder / "images").glob("0000-before-*.png")))
     figure, axes = plt.subplots(
         len(rows), 3, figsize=(1.1 * (1 + 2 * count), 1.25 * len(rows)), width_ratios=[1, count, count], squeeze=False
     )
-    for row, image, (left, middle, right) in zip(rows, images, axes, strict=False):
+    for row, image, (left, middle, right) in zip(rows, training, axes, strict=False):
         for axis, when in ((middle, "before"), (right, "after")):
             pictures = [Image.open(folder / "images" / f"{row['id']:04d}-{when}-{n}.png") for n in range(count)]
             axis.imshow(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
         if image is not None:
             left.imshow(read_picture(image, pictures[0].size[::-1]))
-        middle.set_title(f"{row['prompt'][:60]}: {row['score_before']:.3g}", fontsize=7, loc="left", pad=2)
-        right.set_title(f"{row['new_prompt'][:60]}: {row['score_after']:.3g}", fontsize=7, loc="left", pad=2)
+        for axis, key, when in ((middle, "prompt", "before"), (right, "new_prompt", "after")):
+            score = f": {row[f'score_{when}']:.3g}" if f"score_{when}" in row else ""
+            axis.set_title(row[key][:60] + score, fontsize=7, loc="left", pad=2, parse_math=False)
     for axis in axes.flat:
         axis.axis("off")
     axes[0, 0].set_title("training", fontsize=7, pad=2)

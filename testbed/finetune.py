@@ -6,8 +6,8 @@
   predicts under the ordinary caption nearest to it by text (Kumari et al., "Ablating Concepts in Text-to-Image
   Diffusion Models", ICCV 2023), on noisy pictures that the frozen model made of that neighbour.
 
-Afterwards the share of copies is measured by duplication weight, before and after. Resumable; the models stay under
-``--work``.
+Afterwards the share of copies is measured by duplication weight, before and after. Training is resumable; the models
+stay under ``--work``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from memorization.similarity.clip import Clip
 from memorization.similarity.judge import Judge
 from memorization.trajectory import generate as generate_latents
 from testbed.fit import fit
-from testbed.train import HERE, MODELS, UNET_BATCH, UNET_STEPS, save_pipeline, seeded, train_unet
+from testbed.train import HERE, MODELS, UNET_BATCH, UNET_STEPS, digest, save_pipeline, seeded, train_unet
 from testbed.verify import CAPTIONS_AT_ONCE, GUIDANCE, LISTS, generate
 
 ABLATION_STEPS = 400
@@ -82,7 +82,14 @@ def ablate(work: Path, steps: int) -> Path:
             target = frozen.unet(noisy, t, torch.stack([embedded[neighbour[prompt]] for prompt in prompts])).sample
         return mse_loss(pipe.unet(noisy, t, torch.stack([embedded[prompt] for prompt in prompts])).sample, target)
 
-    fit(pipe.unet, loss_of, steps=steps, peak=1e-4, folder=work / "ablated", recipe=f"ablated, {steps} steps")
+    fit(
+        pipe.unet,
+        loss_of,
+        steps=steps,
+        peak=1e-4,
+        folder=work / "ablated",
+        recipe=f"ablated, {steps} steps, from {digest(MODELS / 'testbed-eps' / 'unet')}",
+    )
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     save_pipeline(pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler, work / "ablated" / "model")
     return work / "ablated" / "model"

@@ -30,7 +30,7 @@ def queries(count=3):
 
 
 def test_search_is_brute_force(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 5)  # the result must not depend on it
+    monkeypatch.setattr(index, "CHUNK", 5 * 4 * 192)  # five rows; the result must not depend on it
     made = build(folder, tmp_path / "index", "pixels", (8, 8))
     distance, rows = made.search(queries(), 4)
     table = l2(queries().unflatten(1, (3, 8, 8)), made.vectors(slice(None)).unflatten(1, (3, 8, 8)))
@@ -52,7 +52,8 @@ def test_building_goes_on_where_it_stopped_and_adds_what_is_new(folder, tmp_path
     build(folder, killed, "pixels", (8, 8), at_once=4)
     items = (killed / "items.jsonl").read_bytes().splitlines(keepends=True)
     (killed / "items.jsonl").write_bytes(b"".join(items[:4]) + items[4][:7])  # torn
-    (killed / "index.json").unlink()
+    with pytest.raises(InputError, match="another kind or size"):
+        build(folder, killed, "pixels", (4, 4))
     again = build(folder, killed, "pixels", (8, 8), at_once=4)
     assert again.paths == whole.paths and np.array_equal(again.features, whole.features)
 
@@ -60,8 +61,15 @@ def test_building_goes_on_where_it_stopped_and_adds_what_is_new(folder, tmp_path
     (folder / "metadata.jsonl").unlink()
     assert len(build(folder, killed, "pixels", (8, 8))) == 12
     assert "skipped" in capsys.readouterr().err
-    with pytest.raises(InputError, match="another kind or size"):
-        build(folder, killed, "pixels", (4, 4))
+
+
+def test_captions_with_line_separators(folder, tmp_path):
+    (folder / "metadata.jsonl").unlink()
+    listed = tmp_path / "list.jsonl"
+    pd.DataFrame([{"prompt": "one\u2028line", "image": "pictures/00.png"}]).to_json(
+        listed, orient="records", lines=True
+    )
+    assert build(listed, tmp_path / "index", "pixels", (8, 8)).captions == ["one\u2028line"]
 
 
 def test_commands(run_script, folder, tmp_path, capsys):
@@ -71,12 +79,15 @@ def test_commands(run_script, folder, tmp_path, capsys):
     )
     run_script(index, "build", listed, "--out", tmp_path / "index", "--size", 8, 8)
     assert "2 pictures" in capsys.readouterr().out
-    run_script(index, "search", tmp_path / "index", folder / "01.png", "-k", 1)
-    assert "0.000  pictures/01.png  two" in capsys.readouterr().out
+    run_script(index, "search", tmp_path / "index", listed, folder / "01.png", "-k", 1)
+    out, err = capsys.readouterr()
+    assert "01.png\n  0.000  pictures/01.png  two" in out and "list.csv" in err and "list.csv" not in out
     for arguments, message in (
         (("search", tmp_path, folder / "01.png"), "holds no index"),
         (("search", tmp_path / "index", listed), "none of the pictures can be read"),
+        (("search", tmp_path / "index", folder / "01.png", "-k", 0), "-k is at least 1"),
         (("build", tmp_path / "nothing", "--out", tmp_path / "other"), "no such file"),
+        (("build", listed, "--out", tmp_path / "other", "--size", 0, 0), "at least 1 1"),
     ):
         with pytest.raises(InputError, match=message):
             run_script(index, *arguments)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mitigate_mem
 from memorization.errors import InputError
 from memorization.prompts import read_prompts
-from memorization.similarity import sscd
+from memorization.similarity import judge
 from memorization.studies import mitigation_tradeoff
 
 ROOT = GOLDEN.parent.parent
@@ -22,8 +22,7 @@ ROOT = GOLDEN.parent.parent
 @pytest.fixture(autouse=True)
 def without_sscd(monkeypatch):
     """It is optional, and slow at this size."""
-    monkeypatch.setattr(sscd, "find_weights", lambda: None)
-    monkeypatch.setattr(mitigation_tradeoff, "find_weights", lambda: None)
+    monkeypatch.setattr(judge, "find_weights", lambda: None)
 
 
 @pytest.fixture
@@ -71,11 +70,16 @@ def test_flagged_prompts_are_mitigated(run_script, fast, prompts, tmp_path, caps
 
 def test_a_killed_run_goes_on_to_the_same(run_script, fast, prompts, tmp_path, monkeypatch):
     command = (*fast, "--prompts", prompts, "--all", "--method", "cwr")
-    run_script(mitigate_mem, *command, "--out", tmp_path / "whole")
-    run_script(mitigate_mem, *command, "--out", tmp_path / "killed")
+    run_script(mitigate_mem, *command, "--batch-size", 2, "--out", tmp_path / "whole")  # two prompts at once
+    run_script(mitigate_mem, *command, "--batch-size", 2, "--out", tmp_path / "killed")
     log = tmp_path / "killed" / "mitigations.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*/*")}
+    for path in (tmp_path / "killed").glob("*/0002*"):
+        path.unlink()
+    command = (*command, "--batch-size", 2)
     run_script(mitigate_mem, *command, "--out", tmp_path / "killed")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*/*")} == files
 
     def without_times(folder):
         return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in lines(folder)]
@@ -98,14 +102,31 @@ def test_rewriting_shows_what_was_changed():
         (("--method", "nonsense"), "unknown method nonsense; there are: anisotropy"),
         (("--threshold", "high"), "--threshold high: a number, or auto"),
         (("--num-images", 2), "is for num_images = 1, not 2"),
-        (("--strength", 0.3), "holds no level 0.3"),
+        (("--strength", 0.3), "no level 0.3 of anisotropy in the calibration"),
+        (("--strength", -1), "strength = -1.0 is no number above 0"),
+        (("--set", "speed=1"), "anisotropy has no setting 'speed'; it has: strength, target, lr, iterations"),
+        (("--limit", 0), "--limit is at least 1"),
+        (("--threshold", "nan"), "--threshold nan: a number, or auto"),
+        (("--calibration", "none"), "no calibrated threshold"),
+        (("--clip", "missing"), "cannot be loaded as a CLIP model"),
+        (("--dtype", "float16"), "gradients are lost in float16"),
         (("--prompts", "missing.txt"), "no such file"),
-        (("--steps", 1), "--steps from 3 to 500"),
+        (("--steps", 1), "--steps is from 3 to 500"),
     ],
 )
 def test_bad_input(run_script, fast, prompts, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
         run_script(mitigate_mem, *fast, "--prompts", prompts, "--out", tmp_path / "out", *arguments)
+
+
+def test_starting_anew_leaves_nothing_of_the_old_run(run_script, fast, prompts, tmp_path):
+    out = tmp_path / "out"
+    run_script(mitigate_mem, *fast, "--prompts", prompts, "--all", "--method", "cwr", "--out", out)
+    run_script(mitigate_mem, *fast, "--prompts", prompts, "--all", "--method", "static_transition", "--limit", 1,
+               "--out", out, "--overwrite")  # fmt: skip
+    assert len(list((out / "images").iterdir())) == 2
+    assert not list((out / "embeds").iterdir())  # the embedding is the prompt's own: no remedy to hand out
+    assert "score_after" not in lines(out)[0]
 
 
 def test_nothing_above_the_threshold(run_script, fast, prompts, tmp_path, capsys):
@@ -115,7 +136,7 @@ def test_nothing_above_the_threshold(run_script, fast, prompts, tmp_path, capsys
 
 def test_comparison(run_script, tmp_path, capsys):
     out = tmp_path / "study"
-    common = ("--model", "testbed-eps", "--each", 2, "--num-images", 1, "--steps", 3, "--methods", "gni",
+    common = ("--model", "testbed-eps", "--each", 2, "--steps", 3, "--methods", "gni",
               "--resamples", 100, "--out", out)  # fmt: skip
     run_script(mitigation_tradeoff, *common)
     table = pd.read_csv(out / "table.csv")

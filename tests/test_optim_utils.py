@@ -13,20 +13,20 @@ def bowl(x, rows):
 
 
 def test_rows_go_each_to_its_own_minimum():
-    found = descend(bowl, torch.full((3, 4), 5.0), lr=0.3, iterations=200, progress=False)
+    found = descend(bowl, torch.full((3, 4), 5.0), lr=0.3, iterations=200)
     assert torch.allclose(found.best, torch.arange(3.0)[:, None].expand(3, 4), atol=0.05)
     assert found.losses.shape == (201, 3) and (found.steps == 200).all()
 
 
 def test_rows_do_not_see_one_another():
     start = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    together = descend(bowl, start, target=0.5, progress=False)
-    alone = descend(lambda x, rows: bowl(x, rows + 2), start[2:], target=0.5, progress=False)
+    together = descend(bowl, start, target=0.5)
+    alone = descend(lambda x, rows: bowl(x, rows + 2), start[2:], target=0.5)
     assert torch.equal(together.best[2], alone.best[0])
 
 
 def test_a_row_stops_at_the_target_and_keeps_that_iterate():
-    found = descend(bowl, torch.tensor([[3.0, 0], [0.1, 1.0]]), lr=0.1, iterations=100, target=0.25, progress=False)
+    found = descend(bowl, torch.tensor([[3.0, 0], [0.1, 1.0]]), lr=0.1, iterations=100, target=0.25)
     final = bowl(found.best, torch.arange(2))
     assert (final <= 0.25).all() and final[0] > 0.15
     assert found.losses[found.steps[0], 0] == pytest.approx(final[0].item())
@@ -34,15 +34,13 @@ def test_a_row_stops_at_the_target_and_keeps_that_iterate():
 
 
 def test_best_iterate_is_returned_where_the_last_is_worse():
-    found = descend(bowl, torch.tensor([[0.05]]), lr=1.0, iterations=3, progress=False)
+    found = descend(bowl, torch.tensor([[0.05]]), lr=1.0, iterations=3)
     assert bowl(found.best, torch.tensor([0])).item() == found.losses.min().item()
 
 
 def test_the_start_token_stays():
     start = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    found = descend(
-        lambda x, rows: x.square().flatten(1).sum(1), start, free=all_but_the_start_token(start), progress=False
-    )
+    found = descend(lambda x, rows: x.square().flatten(1).sum(1), start, free=all_but_the_start_token(start))
     assert torch.equal(found.best[:, 0], start[:, 0]) and not torch.equal(found.best[:, 1], start[:, 1])
 
 
@@ -67,3 +65,11 @@ def test_the_gradient_of_a_detector_is_its_slope():
     with torch.no_grad():
         slope = (score(embeds + h * way) - score(embeds - h * way)) / (2 * h)
     assert (gradient * way).sum().item() == pytest.approx(slope.item(), rel=1e-2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_descent():
+    def broken(x, rows):
+        return torch.where(rows == 1, torch.nan, x.square().sum(1))
+
+    with pytest.raises(FloatingPointError, match="row 1 is not finite"):
+        descend(broken, torch.ones(3, 2))

@@ -55,9 +55,7 @@ def test_clip_score_knows_what_a_picture_shows():
     frame = frame[frame["image"] != ""].iloc[::8]
     pictures = np.stack([read_picture(ROOT / path, (64, 64)) for path in frame["image"]])
     prompts = frame["prompt"].tolist()
-    own = clip.score(pictures, prompts)
     table = clip.pictures(pictures) @ clip.prompts(prompts).T
-    assert torch.allclose(own, table.diagonal(), atol=1e-5)
     assert (table.argmax(1) == torch.arange(len(prompts))).float().mean() > 0.8
     with pytest.raises(InputError, match="cannot be loaded as a CLIP model"):
         Clip(str(ROOT / "prompts"))
@@ -69,3 +67,4 @@ def test_judge_measures_against_the_own_training_picture():
     pictures = np.stack([read_picture(path, (64, 64)) for path in paths[:2]])
     assert judge(pictures, "anything", paths[0])["nl2"][0] == 0 < judge(pictures, "anything", paths[0])["nl2"][1]
     assert judge(pictures, "anything", None) == {}
+    assert Judge(paths[:49], (64, 64))(pictures, "anything", paths[0]) == {}  # too few neighbours

@@ -1,23 +1,25 @@
 """Mitigations, one file a method: a :class:`Case` in, a :class:`Remedy` out.
 
 Each has a ``name``, one parameter ``strength`` whose meaning its docstring gives, and five ``strengths`` from mild to
-strong. Those with a ``lowers`` stop at a level of that detector, so they need a calibration.
+strong. Those with a ``lowers`` stop at a level of that detector, so they need a calibration, or a ``target``.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields
 from typing import Protocol
 
 from memorization.errors import InputError
 from memorization.mitigations.attention_rescale import AttentionRescale
-from memorization.mitigations.case import Case, Guide, Remedy
+from memorization.mitigations.case import Case, Guide, Remedy, level_of
 from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
 from memorization.mitigations.guidance_schedule import DynamicTransition, StaticTransition
 from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers, RandomTokens, WordRepetition
 from memorization.mitigations.rewrite import Rewrite
 from memorization.mitigations.sail import Sail
 
-__all__ = ["MITIGATIONS", "Case", "Guide", "Mitigation", "Remedy", "make_mitigation"]
+__all__ = ["MITIGATIONS", "Case", "Guide", "Mitigation", "Remedy", "level_of", "make_mitigation"]
 
 
 class Mitigation(Protocol):
@@ -40,12 +42,19 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
 }  # fmt: skip
 
 
-def make_mitigation(name: str, strength: float | None = None) -> Mitigation:
-    """A mitigation by name, at its default strength or another.
+def make_mitigation(name: str, settings: dict | None = None) -> Mitigation:
+    """A mitigation by name, with its default settings or others.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, it has no such setting, or the setting makes no sense.
     """
+    settings = settings or {}
     if name not in MITIGATIONS:
         raise InputError(f"unknown method {name}; there are: {', '.join(MITIGATIONS)}")
-    return MITIGATIONS[name]() if strength is None else MITIGATIONS[name](strength=strength)
+    known = [setting.name for setting in fields(MITIGATIONS[name])]
+    for setting, value in settings.items():
+        if setting not in known:
+            raise InputError(f"{name} has no setting {setting!r}; it has: {', '.join(known)}")
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InputError(f"{name}: {setting} = {value} is no number above 0")
+    return MITIGATIONS[name](**settings)

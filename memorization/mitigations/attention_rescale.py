@@ -17,6 +17,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from memorization.errors import InputError
 from memorization.mitigations.case import Case, Remedy
 from memorization.trajectory import end_of_text
 
@@ -34,13 +35,16 @@ class RescalingAttnProcessor(AttnProcessor):
 
     def __call__(self, attn, *args, **kwargs) -> Tensor:
         def scores(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+            dtype = query.dtype
+            if attn.upcast_attention:
+                query, key = query.float(), key.float()
             logits = (attn.scale * query @ key.transpose(1, 2)).float().unflatten(0, (2, -1, attn.heads))
             cond = logits[1]  # (rows, heads, pixels, tokens)
             start = cond[..., 0]
             cond[..., 0] = torch.where(start > 0, start * self.factor, start / self.factor)
             padding = torch.arange(cond.shape[-1], device=cond.device) > self.ends[:, None]
             cond.masked_fill_(padding[:, None, None], -torch.inf)
-            return logits.softmax(-1).flatten(0, 2).to(query.dtype)
+            return logits.softmax(-1).flatten(0, 2).to(dtype)
 
         attn.get_attention_scores = scores
         try:
@@ -57,6 +61,10 @@ class AttentionRescale:
 
     name: ClassVar[str] = "attention_rescale"
     strengths: ClassVar[tuple[float, ...]] = (1.1, 1.25, 1.5, 2.0, 3.0)
+
+    def __post_init__(self) -> None:
+        if self.strength < 1:
+            raise InputError(f"attention_rescale: strength {self.strength:g} is below 1")
 
     def __call__(self, case: Case) -> Remedy:
         ends = end_of_text(case.pipe, case.prompts).repeat_interleave(len(case.noise))

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline, NoisePrediction
+from local_sd_pipeline import LocalStableDiffusionPipeline, NoisePrediction, UnconditionalPrediction
 from memorization.detectors import PromptDetector
 from memorization.errors import InputError
 
 Guide = Callable[[int, NoisePrediction], Tensor]  # (step, prediction) -> the noise prediction that the sampler follows
 
 
-@dataclass(frozen=True)
+@dataclass
 class Case:
-    """Some prompts on some noises, and the scores that a mitigation may lower.
+    """Some prompts on some noises, and the scores that a mitigation may lower. Every prompt is treated as if alone.
 
     Args:
         prompts: their number is k.
@@ -31,6 +31,10 @@ class Case:
         guidance_scale: of the generation.
         seed: of what a mitigation draws.
         batch_size: rows to a UNet call.
+
+    Attributes:
+        grid: timesteps of the DDIM grid.
+        uncond: predictions without a prompt on ``noise``, at every timestep that a detector reads.
     """
 
     pipe: LocalStableDiffusionPipeline
@@ -44,27 +48,42 @@ class Case:
     guidance_scale: float = 7.5
     seed: int = 51
     batch_size: int = 32
+    grid: list[int] = field(init=False)
+    uncond: UnconditionalPrediction = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grid = self.pipe.detection_timesteps(self.grid_steps)
+        timesteps = {self.grid[place] for detector in self.detectors.values() for place in detector.steps}
+        with torch.no_grad():
+            self.uncond = self.pipe.predict_uncond(self.noise, sorted(timesteps), self.batch_size)
 
     def score(self, name: str, embeds: Tensor) -> Tensor:
         """Mean over the noises of a detector's score, ``(len(embeds),)``; differentiable in ``embeds``."""
-        detector, grid = self.detectors[name], self.pipe.detection_timesteps(self.grid_steps)
-        timesteps = [grid[place] for place in detector.steps]
-        with torch.no_grad():
-            uncond = self.pipe.predict_uncond(self.noise, timesteps, self.batch_size)
-        trace = self.pipe.trace(embeds, self.noise, timesteps, uncond, self.batch_size)
+        detector = self.detectors[name]
+        timesteps = [self.grid[place] for place in detector.steps]
+        trace = self.pipe.trace(embeds, self.noise, timesteps, self.uncond, self.batch_size)
         return detector([trace[t] for t in timesteps])[name].mean(1)
 
-    def target(self, name: str, level: float) -> float:
-        """The score below which a share ``level`` of the prompts that are not memorized lies.
+    def bound(self, mitigation) -> float:
+        """The score at which ``mitigation`` stops: its own ``target``, or its level of what it ``lowers``."""
+        return mitigation.target if mitigation.target is not None else level_of(self.levels, mitigation)
 
-        Raises:
-            InputError: the calibration does not say.
-        """
-        try:
-            return self.levels[name][level]
-        except KeyError:
-            known = ", ".join(f"{share:g}" for share in self.levels.get(name, {})) or "none"
-            raise InputError(f"{name}: the calibration holds no level {level:g} (it holds: {known})") from None
+
+def level_of(levels: dict[str, dict[float, float]], mitigation) -> float:
+    """The score below which a share ``mitigation.strength`` of the prompts that are not memorized lies.
+
+    Raises:
+        InputError: the calibration does not say.
+    """
+    name, level = mitigation.lowers, mitigation.strength
+    try:
+        return levels[name][level]
+    except KeyError:
+        known = ", ".join(f"{share:g}" for share in levels.get(name, {})) or "none"
+        raise InputError(
+            f"no level {level:g} of {name} in the calibration (it holds: {known}); "
+            f"calibrate with detect_eval.py --calibrate, or give the score to reach: --set target=X"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,11 @@ class Remedy:
     guide: Callable[[Tensor], Guide] | None = None
     around: Callable[[Tensor], AbstractContextManager] | None = None
     iterations: Sequence[int] = field(default_factory=list)
+
+    @property
+    def scorable(self) -> bool:
+        """Whether a score of embeddings and noise says all: not where the sampler itself is changed."""
+        return self.guide is None and self.around is None
 
     @classmethod
     def unchanged(cls, case: Case, **changed) -> Remedy:

@@ -1,13 +1,13 @@
 """Gradient descent on the prompt embedding until a detector's score is that of an ordinary prompt.
 
 ``anisotropy``: Asthana, Belagiannis, ICLR 2026, section on mitigation: minimise M over the embedding, x_T fixed.
-Learning rate and number of steps are not published; those of Wen et al. are taken.
+Learning rate and number of steps are not published.
 ``noise_norm``: Wen, Liu, Chen, Lyu, ICLR 2024, section 5.1: the same with the norm of the guidance vector at the first
-step; at most 10 steps of 0.05, and a stop at a target.
+step; 0.05, at most 10 steps, and a stop at a target.
 
-Deviations from Wen's public code: the target is a level among prompts that are not memorized, so that it means the
-same on every model; the loss is each prompt's own mean over its noises, so that it means the same for every batch;
-no weight decay.
+Deviations from Wen's public code: up to 20 steps; the target is a level among prompts that are not memorized, so that
+it means the same on every model; the loss is each prompt's own mean over its noises, so that it means the same for
+every batch; no weight decay.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class EmbeddingDescent:
 
     Args:
         strength: the level to reach: share of ordinary prompts that score below.
+        target: the score to reach, instead.
         lr, iterations: of the descent.
     """
 
     strength: float = 0.5
+    target: float | None = None
     lr: float = 0.05
     iterations: int = 20
 
@@ -39,7 +41,7 @@ class EmbeddingDescent:
     def __call__(self, case: Case) -> Remedy:
         found = descend(
             lambda embeds, rows: case.score(self.lowers, embeds), case.embeds, lr=self.lr, iterations=self.iterations,
-            target=case.target(self.lowers, self.strength), free=all_but_the_start_token(case.embeds), progress=False,
+            target=case.bound(self), free=all_but_the_start_token(case.embeds),
         )  # fmt: skip
         return Remedy.unchanged(case, embeds=found.best, iterations=found.steps.tolist())
 

@@ -5,7 +5,7 @@ Somepalli, Singla, Goldblum, Geiping, Goldstein, "Understanding and Mitigating C
 
 - ``rna``: random numbers are inserted; ``rt``: random words; ``cwr``: words of the prompt are repeated; each at random
   places, ``strength`` times;
-- ``gni``: Gaussian noise is added to the embedding; ``strength`` is its standard deviation in units of the embedding's.
+- ``gni``: Gaussian noise of standard deviation ``strength`` is added to the embedding.
 
 The draws of a prompt depend on its text and the seed alone, not on the batch.
 """
@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from memorization.errors import InputError
 from memorization.mitigations.case import Case, Remedy
 
 
@@ -48,6 +49,10 @@ class TextPerturbation:
 
     name: ClassVar[str]
     strengths: ClassVar[tuple[float, ...]] = (1, 2, 4, 6, 8)
+
+    def __post_init__(self) -> None:
+        if self.strength != int(self.strength):
+            raise InputError(f"{self.name}: strength {self.strength:g} is no number of words")
 
     def word(self, words: list[str], case: Case, rng: np.random.Generator) -> str:
         """The word to insert next."""
@@ -99,4 +104,4 @@ class EmbeddingNoise:
     def __call__(self, case: Case) -> Remedy:
         noise = [generator_of(prompt, case.seed).standard_normal(case.embeds.shape[1:]) for prompt in case.prompts]
         noise = torch.from_numpy(np.stack(noise)).to(case.embeds)
-        return Remedy.unchanged(case, embeds=case.embeds + self.strength * case.embeds.std() * noise)
+        return Remedy.unchanged(case, embeds=case.embeds + self.strength * noise)

@@ -26,11 +26,13 @@ class Rewrite:
 
     Args:
         strength: the level to reach.
+        target: the score to reach, instead.
         candidates: replacements tried for a word.
         share: at most this share of the words is changed.
     """
 
     strength: float = 0.5
+    target: float | None = None
     candidates: int = 16
     share: float = 0.5
 
@@ -39,7 +41,7 @@ class Rewrite:
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:
-        target = case.target(self.lowers, self.strength)
+        target = case.bound(self)
         with torch.no_grad():
             scores = case.score(self.lowers, case.embeds)
         found = [
@@ -76,10 +78,8 @@ def joined(words: list[str]) -> str:
 
 def word_order(case: Case, prompt: str) -> list[int]:
     """Places of the words of ``prompt``, the most significant first: a word counts as its strongest token."""
-    t = case.pipe.detection_timesteps(case.grid_steps)[0]
-    with torch.no_grad():
-        uncond = case.pipe.predict_uncond(case.noise, [t], case.batch_size).eps[t]
-    values = token_significance(case.pipe, prompt, case.noise, t, uncond).values.tolist()
+    t = case.grid[0]
+    values = token_significance(case.pipe, prompt, case.noise, t, case.uncond.eps[t]).values.tolist()
     strongest, start = [], 0
     for word in prompt.split():
         length = len(case.pipe.tokenizer(word, add_special_tokens=False).input_ids)

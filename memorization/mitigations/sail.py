@@ -1,13 +1,14 @@
 """SAIL: other start noise, from which the prompt is not pulled to a training image.
 
 Jeon, Kim, No, "Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability Landscapes",
-ICML 2025, section 5: Adam on x_T (0.05, at most 10 steps) with
+ICML 2025, section 5: Adam on x_T (0.05; at most 10 steps there, 20 here) with
 
     || d(x_T + u) || + alpha || x_T ||,   u the unit vector along d(x_T),
 
 accepted at a bound. Deviations from the public code: u is computed at the latents of every step, not at those of before
 the first; every noise is optimised once, so no two pictures come from one latent; the bound is a level of || d || among
-prompts that are not memorized plus alpha times the usual size of x_T, sqrt(its dimension), and it does not grow.
+prompts that are not memorized plus alpha times the usual size of x_T, sqrt(its dimension), and it does not grow. That
+level is of means over the noises, while every noise is held to it by itself.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Sail:
 
     Args:
         strength: the level of ``noise_norm`` to reach.
+        target: the norm to reach, instead.
         alpha: weight of the size of x_T; .05 for SD 1.4, .01 for SD 2.
     """
 
     strength: float = 0.5
+    target: float | None = None
     alpha: float = 0.05
     lr: float = 0.05
     iterations: int = 20
@@ -44,9 +47,9 @@ class Sail:
         images = len(case.noise)
         embeds = case.embeds.repeat_interleave(images, 0)
         empty = case.pipe.embed([""]).float()
-        t = case.pipe.detection_timesteps(case.grid_steps)[0]
+        t = case.grid[0]
         start = case.noise.repeat(len(case.prompts), 1, 1, 1)
-        bound = case.target(self.lowers, self.strength) + self.alpha * start[0].numel() ** 0.5
+        bound = case.bound(self) + self.alpha * start[0].numel() ** 0.5
 
         def guidance(x: Tensor, rows: Tensor) -> Tensor:
             pairs = torch.cat([empty.expand(len(rows), -1, -1), embeds[rows]])
@@ -63,7 +66,7 @@ class Sail:
         for rows in torch.arange(len(start), device=start.device).split(max(1, case.batch_size // 2)):
             parts.append(descend(
                 lambda x, local, rows=rows: loss(x, rows[local]), start[rows], lr=self.lr, iterations=self.iterations,
-                target=bound, progress=False,
+                target=bound,
             ))  # fmt: skip
         latents = torch.cat([part.best for part in parts]).unflatten(0, (-1, images))
         steps = torch.cat([part.steps for part in parts]).unflatten(0, (-1, images))

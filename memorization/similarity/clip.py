@@ -7,6 +7,7 @@ pictures (testbed/models/clip).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Clip:
     """
 
     def __init__(self, identifier: str, device: torch.device | str = "cpu") -> None:
+        self.name = Path(identifier).name
         try:
             self.model = (
                 CLIPModel.from_pretrained(identifier, dtype=torch.float32, use_safetensors=True).to(device).eval()
@@ -57,7 +59,3 @@ class Clip:
         )
         text = self.model.text_model(tokens.input_ids.to(self.model.device)).pooler_output
         return normalize(self.model.text_projection(text), dim=1).cpu()
-
-    def score(self, pictures: np.ndarray, prompts: Sequence[str]) -> Tensor:
-        """Cosine ``(n,)`` of each picture with its own prompt."""
-        return (self.pictures(pictures) * self.prompts(prompts)).sum(1)

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
 
+from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
+from memorization.models import ROOT
 from memorization.similarity.clip import Clip
 from memorization.similarity.pixel import normalized_l2
-from memorization.similarity.sscd import SSCD
+from memorization.similarity.sscd import SSCD, find_weights
+
+NEIGHBOURS = 50  # of the normalised l2
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -33,11 +38,29 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
+    """The training picture of each row, by its column ``image``: beside the list or in the project.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    names = frame["image"].fillna("").astype(str) if "image" in frame else [""] * len(frame)
+    found = []
+    for name in names:
+        places = [folder / name for folder in (listed.parent, ROOT)] if name else []
+        path = next((place for place in places if place.is_file()), None)
+        if name and path is None:
+            raise InputError(f"{listed}: training picture {name} is not there")
+        found.append(path)
+    return found
+
+
 class Judge:
     """Measures pictures of a prompt against the prompt and against its training picture.
 
     Args:
-        training: file of each known training picture; normalised l2 takes its neighbours from all of them.
+        training: file of each known training picture; normalised l2 takes its 50 neighbours from all of them, and is
+            left out where there are fewer.
         size: (height, width) of generated pictures.
         clip: for text alignment; left out where it cannot be had.
         sscd: the same for copy detection.
@@ -47,6 +70,11 @@ class Judge:
         self, training: Sequence[Path], size: tuple[int, int], clip: Clip | None = None, sscd: SSCD | None = None
     ) -> None:
         self.clip, self.sscd = clip, sscd
+        self.description = {
+            "clip": clip and clip.name,
+            "sscd": bool(sscd),
+            "training": len(set(training)),
+        }
         self.place = {path: i for i, path in enumerate(dict.fromkeys(training))}
         pictures = np.stack([read_picture(path, size) for path in self.place]) if self.place else None
         self.training = to_tensor(pictures) if pictures is not None else None
@@ -62,10 +90,24 @@ class Judge:
         """
         values = {}
         if self.clip:
-            values["clip"] = self.clip.score(pictures, [prompt] * len(pictures)).tolist()
+            values["clip"] = (self.clip.pictures(pictures) @ self.clip.prompts([prompt])[0]).tolist()
         if image is not None:
             place = self.place[image]
-            values["nl2"] = normalized_l2(to_tensor(pictures), self.training)[:, place].tolist()
+            if len(self.place) >= NEIGHBOURS:
+                values["nl2"] = normalized_l2(to_tensor(pictures), self.training, NEIGHBOURS)[:, place].tolist()
             if self.sscd:
                 values["sscd"] = (self.sscd(pictures) @ self.embedded[place]).tolist()
         return {name: [round(value, 4) for value in column] for name, column in values.items()}
+
+
+def make_judge(pipe: LocalStableDiffusionPipeline, training: Sequence[Path], clip: str | None) -> Judge:
+    """A judge of a pipeline's pictures, with SSCD where its weights are there.
+
+    Args:
+        clip: folder or hub id; None or ``none`` for no text alignment.
+    """
+    side = pipe.unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
+    scorer = Clip(clip, pipe.device) if clip and clip != "none" else None
+    return Judge(training, size, scorer, SSCD() if find_weights() else None)

@@ -7,7 +7,6 @@ Intervals resample families. A killed study goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +16,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from memorization.calibration import read_calibration
+from memorization.calibration import Calibration, read_calibration
 from memorization.detection import default_batch_size
 from memorization.detectors import make_detectors
 from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.evaluation import family_weights
 from memorization.mitigation import Outcome, Side, mitigate
 from memorization.mitigations import MITIGATIONS, Case, Mitigation, make_mitigation
 from memorization.models import ROOT
 from memorization.plots import save_figure
+from memorization.prompts import read_prompts
 from memorization.results import ResultStore, read_lines, write_atomically
-from memorization.similarity.clip import Clip
-from memorization.similarity.judge import Judge, to_tensor
-from memorization.similarity.sscd import SSCD, find_weights
+from memorization.similarity.judge import Judge, make_judge, picture_files, to_tensor
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 from memorization.tables import markdown
 
@@ -42,7 +39,7 @@ class Plan(NamedTuple):
 
     @property
     def mitigation(self) -> Mitigation:
-        return make_mitigation(self.method, self.strength)
+        return make_mitigation(self.method, {"strength": self.strength})
 
 
 def plans(methods: list[str]) -> list[Plan]:
@@ -53,19 +50,19 @@ def plans(methods: list[str]) -> list[Plan]:
 def chosen_prompts(frame: pd.DataFrame, each: int) -> pd.DataFrame:
     """``each`` prompts of either label, drawn by a seed; the memorized ones with a training picture."""
     mixed = frame.sample(frac=1, random_state=0)
-    memorized = mixed[(mixed["label"] == 1) & (mixed["image"] != "")].head(each)
+    memorized = mixed[(mixed["label"] == 1) & mixed["picture"].notna()].head(each)
     return pd.concat([memorized, mixed[mixed["label"] == 0].head(each)]).reset_index(drop=True)
 
 
 class Study:
     """What all plans share: cases, and each of them without any remedy, made once."""
 
-    def __init__(self, subject: Subject, frame: pd.DataFrame, judge: Judge, args) -> None:
-        calibration = read_calibration(ROOT / subject.spec.calibration)
+    def __init__(self, subject: Subject, frame: pd.DataFrame, judge: Judge, calibration: Calibration, args) -> None:
         anisotropy = {**subject.spec.anisotropy, **calibration.anisotropy}
         detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": anisotropy})
         pipe, batch_size = subject.pipe, default_batch_size(subject.pipe)
-        noise, size = pipe.pure_noise(args.num_images, args.seed), max(1, batch_size // args.num_images)
+        images = calibration.holds_for["num_images"]
+        noise, size = pipe.pure_noise(images, args.seed), max(1, batch_size // images)
         self.judge, self.parts, self.cases = judge, [], []
         for start in range(0, len(frame), size):
             part = frame.iloc[start : start + size]
@@ -81,8 +78,7 @@ class Study:
     def rows(self, plan: Plan, number: int) -> list[dict]:
         """Lines of one plan on case ``number``."""
         case, part = self.cases[number], self.parts[number]
-        training = [ROOT / path if path else None for path in part["image"]]
-        outcome = mitigate(case, plan.mitigation, self.judge, training, self.before.get(number))
+        outcome = mitigate(case, plan.mitigation, self.judge, part["picture"].tolist(), self.before.get(number))
         self.before[number] = outcome.before
         kept = part[["label", "family"]].to_dict("records")
         rows = zip(kept, outcome.rows(case.prompts), distance_moved(outcome), strict=True)
@@ -98,6 +94,8 @@ def distance_moved(outcome: Outcome) -> list[float]:
 def run(study: Study, todo: list[Plan], store: ResultStore) -> None:
     """All plans on all cases, from where the store stopped."""
     pieces = [(plan, number) for plan in todo for number in range(len(study.cases))]
+    if store.done == len(todo) * sum(map(len, study.parts)):
+        return
     before = 0  # lines of the pieces so far
     store.start()
     for plan, number in tqdm(pieces, desc=store.folder.name, unit="case"):
@@ -130,7 +128,7 @@ def table_of(rows: pd.DataFrame, copy: float, resamples: int) -> pd.DataFrame:
 
 def _row(method: str, strength, rows: pd.DataFrame, when: str, copy: float, resamples: int) -> dict:
     memorized, ordinary = rows[rows["label"] == 1], rows[rows["label"] == 0]
-    weights = np.array(list(_family_resamples(memorized["family"].to_numpy(), resamples)))
+    weights = family_resamples(memorized["family"].to_numpy(), resamples)
     nl2, clip = (np.array(memorized[f"{key}_{when}"].tolist()) for key in ("nl2", "clip"))
     copies = resampled_mean((nl2 < copy).mean(1), weights)
     alignment = resampled_mean(clip.mean(1), weights)
@@ -140,22 +138,24 @@ def _row(method: str, strength, rows: pd.DataFrame, when: str, copy: float, resa
         "clip": alignment[0], "clip low": alignment[1], "clip high": alignment[2],
         "nl2 < 1.4": (nl2 < 1.4).mean(), "nl2 5%": np.quantile(nl2, 0.05), "nl2 lowest": nl2.min(),
     }  # fmt: skip
-    if f"sscd_{when}" in memorized:
+    if f"sscd_{when}" in memorized and memorized[f"sscd_{when}"].notna().all():
         sscd = np.array(memorized[f"sscd_{when}"].tolist())
         row |= {"sscd > .5": (sscd > 0.5).mean(), "sscd top 5%": np.quantile(sscd, 0.95), "sscd highest": sscd.max()}
     if when == "after":
         change = np.array(ordinary["clip_after"].tolist()) - np.array(ordinary["clip_before"].tolist())
         row |= {"ordinary: clip change": change.mean(), "ordinary: picture change": ordinary["moved"].mean(),
-                "score": memorized["score_after"].mean(), "seconds": memorized["seconds"].mean(),
+                "score": memorized["score_after"].mean() if "score_after" in memorized else np.nan,
+                "seconds": memorized["seconds"].mean(),
                 "seconds to generate": memorized["seconds_generation"].mean()}  # fmt: skip
     return row
 
 
-def _family_resamples(families: np.ndarray, resamples: int) -> Iterator[np.ndarray]:
-    """Bootstrap weights over families of one class."""
-    both = np.concatenate([families, ["other"]])
-    labels = np.append(np.ones(len(families), dtype=int), 0)
-    yield from family_weights(both, labels, resamples)[:, :-1]
+def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
+    """How often each row's family was drawn, ``(resamples, rows)``: as many as there are, with replacement."""
+    _, member = np.unique(families, return_inverse=True)
+    count = member.max() + 1
+    rng = np.random.default_rng(0)
+    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count)[member] for _ in range(resamples)])
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
@@ -164,7 +164,10 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     none = table[table["method"] == "none"].iloc[0]
     axis.plot(none["clip"], none["copies"], "k*", markersize=14, label="no mitigation")
     for i, (method, group) in enumerate(table[table["method"] != "none"].groupby("method", sort=False)):
-        axis.plot(group["clip"], group["copies"], "os^Dv"[i % 5] + "-", color=f"C{i % 10}", markersize=5, label=method)
+        bars = np.abs(group[["copies low", "copies high"]].to_numpy().T - group["copies"].to_numpy())
+        style = "os^DvP*X<>h"[i % 11] + ("-" if i < 10 else "--")
+        axis.errorbar(group["clip"], group["copies"], yerr=bars, fmt=style, color=f"C{i % 10}", markersize=5,
+                      elinewidth=0.5, label=method)  # fmt: skip
     axis.set(xlabel="text alignment (CLIP score)", ylabel="share of pictures that are copies", title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -177,33 +180,34 @@ def main() -> None:
     parser.set_defaults(split="test")
     add = parser.add_argument
     add("--each", type=int, default=16, metavar="N", help="prompts of either label (default: %(default)s)")
-    add("--num-images", type=int, default=2, metavar="N", help="noises a prompt (default: %(default)s)")
     add("--steps", type=int, default=20, help="of a generation (default: %(default)s)")
     add("--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     args = parser.parse_args()
-    if args.each < 1 or args.num_images < 1 or not 3 <= args.steps <= 500:
-        parser.error("--each and --num-images are at least 1, --steps from 3 to 500")
+    if args.each < 1 or not 3 <= args.steps <= 500:
+        parser.error("--each is at least 1, --steps from 3 to 500")
     todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
     subject = open_subject(args, "mitigation_tradeoff", images=True)
     spec = subject.spec
     if not (spec.calibration and spec.clip and "nl2" in spec.copy_limits and "image" in subject.frame):
         raise InputError(f"{spec.name}: needs a calibration, clip and copy_limits in its config, and training pictures")
+    listed = args.prompts or ROOT / spec.prompts["prompts"]
+    subject.frame["picture"] = picture_files(subject.frame, listed)
     frame = chosen_prompts(subject.frame, args.each)
-    known = [ROOT / path for path in subject.frame["image"] if path]
-    size = subject.pipe.unet.config.sample_size * subject.pipe.vae_scale_factor
-    judge = Judge(known, (size, size), Clip(spec.clip, subject.pipe.device), SSCD() if find_weights() else None)
+    known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
+    judge, calibration = make_judge(subject.pipe, known, spec.clip), read_calibration(ROOT / spec.calibration)
     settings = {
         **subject.settings, "plans": [list(plan) for plan in todo], "each": args.each, "steps": args.steps,
-        "num_images": args.num_images, "guidance_scale": spec.guidance_scale, "calibration": spec.calibration,
+        "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
+        "levels": calibration.levels, "judge": judge.description,
     }  # fmt: skip
     with ResultStore(subject.out, settings, {}) as store:
-        run(Study(subject, frame, judge, args), todo, store)
+        run(Study(subject, frame, judge, calibration, args), todo, store)
     rows = pd.DataFrame(read_lines(subject.out / "scores.jsonl")[0])
     table = table_of(rows, spec.copy_limits["nl2"], args.resamples)
     print(markdown(table.round(3).fillna("")))
     write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
-    title = f"{spec.name}: {args.each} memorized prompts, {args.num_images} noises each"
+    title = f"{spec.name}: {args.each} memorized prompts, {settings['num_images']} noises each"
     draw(table, subject.out / "tradeoff.png", title)
     print(f"{subject.out}/table.csv, tradeoff.png")
 
