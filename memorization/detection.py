@@ -68,6 +68,9 @@ class Scorer:
             pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
         grid = pipe.detection_timesteps(steps)
         one_step = self.of["prompt"] + self.of["gradient"]
+        for detector in one_step:
+            if max(detector.steps) >= steps:
+                raise InputError(f"{detector.name} reads step {max(detector.steps)} of the grid: give more --steps")
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
         self.latents = pipe.pure_noise(first_image + num_images, seed)[first_image:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product

@@ -333,7 +333,7 @@ def test_all_detectors_their_costs_and_what_is_learned(run_script, tmp_path, cap
     ]
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    detect(run_script, tmp_path / "run", path, "--detectors", "all", "--steps", 5, "--measure-costs", "--explain")
+    detect(run_script, tmp_path / "run", path, "--detectors", "all", "--steps", 11, "--measure-costs", "--explain")
     out = capsys.readouterr().out
     assert "tokens that trigger them" in out and (tmp_path / "run" / "tokens.png").stat().st_size > 1000
     run_script(detect_eval, tmp_path / "run", "--resamples", 100, "--no-plots")
@@ -343,7 +343,9 @@ def test_all_detectors_their_costs_and_what_is_learned(run_script, tmp_path, cap
         assert f"| {name} " in table
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     evaluations = {name: cost["evaluations"] for name, cost in costs.items()}
-    assert evaluations["trajectory_norm"] == 10 and evaluations["p_laplace"] == 10 + 2 * 64
+    assert evaluations["trajectory_norm"] == 22 and evaluations["p_laplace"] == 22 + 2 * 64
+    with pytest.raises(InputError, match="fused reads step 10 of the grid: give more --steps"):
+        detect(run_script, tmp_path / "short", path, "--detectors", "fused", "--steps", 5)
 
 
 def test_pictures_are_scored(run_script, tmp_path):
