@@ -138,6 +138,26 @@ def threshold_of(args: argparse.Namespace, calibration) -> float | None:
     return calibration.thresholds[SCORED_BY]
 
 
+def calibrated(args: argparse.Namespace, spec, mitigation) -> tuple:
+    """(calibration, number of noises, threshold or None, score to reach or None), before anything is loaded.
+
+    Raises:
+        InputError: what is needed of the calibration is not there, or holds for something else.
+    """
+    from memorization.calibration import Calibration, read_calibration
+    from memorization.mitigations import level_of
+
+    path = args.calibration or spec.calibration
+    calibration = read_calibration(ROOT / path) if path and path != "none" else Calibration()
+    images = args.num_images or calibration.holds_for.get("num_images", 4)
+    threshold = threshold_of(args, calibration)
+    to_level = getattr(mitigation, "lowers", None) and mitigation.target is None
+    level = level_of(calibration.levels, mitigation) if to_level else None
+    if to_level or (args.threshold == "auto" and not args.all):
+        calibration.check({"model": args.model, "num_images": images})
+    return calibration, images, threshold, level
+
+
 def method_of(args: argparse.Namespace):
     """The mitigation that the flags name.
 
@@ -181,25 +201,16 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    from memorization.calibration import Calibration, read_calibration
     from memorization.detection import default_batch_size
     from memorization.detectors import make_detectors
     from memorization.mitigation import contact_sheet, run_mitigation
-    from memorization.mitigations import Case, level_of
+    from memorization.mitigations import Case
     from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
     from memorization.results import ResultStore, read_lines
     from memorization.similarity.judge import make_judge
 
     spec, mitigation = find_model(args.model), method_of(args)
-    path = args.calibration or spec.calibration
-    calibration = read_calibration(ROOT / path) if path and path != "none" else Calibration()
-    images = args.num_images or calibration.holds_for.get("num_images", 4)
-    threshold = threshold_of(args, calibration)
-    to_level = getattr(mitigation, "lowers", None) and mitigation.target is None
-    if to_level:
-        level_of(calibration.levels, mitigation)  # refuse before anything is loaded
-    if to_level or (args.threshold == "auto" and not args.all):
-        calibration.check({"model": args.model, "num_images": images})
+    calibration, images, threshold, level = calibrated(args, spec, mitigation)
     frame, known = read_list(args, spec)
 
     device = pick_device(args.device)
@@ -232,7 +243,7 @@ def main() -> None:
     judge = make_judge(pipe, known, spec.clip if args.clip is None else args.clip)
     settings = {
         "model": args.model, "revision": revision_of(pipe), "method": args.method, **vars(mitigation),
-        "level": level_of(calibration.levels, mitigation) if to_level else None, "threshold": threshold,
+        "level": level, "threshold": threshold,
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": images,
         "seed": args.seed, "steps": args.steps, "grid_steps": calibration.holds_for.get("steps", 50),
         "guidance_scale": guidance_scale, "dtype": dtype, "batch_size": default_size, "anisotropy": vars(detectors[0]),

@@ -13,6 +13,7 @@ The draws of a prompt depend on its text and the seed alone, not on the batch.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -42,7 +43,7 @@ def whole_words(tokenizer) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class TextPerturbation:
+class TextPerturbation(ABC):
     """Insert ``strength`` words at random places."""
 
     strength: float = 4
@@ -54,9 +55,9 @@ class TextPerturbation:
         if self.strength != int(self.strength):
             raise InputError(f"{self.name}: strength {self.strength:g} is no number of words")
 
+    @abstractmethod
     def word(self, words: list[str], case: Case, rng: np.random.Generator) -> str:
         """The word to insert next."""
-        raise NotImplementedError
 
     def __call__(self, case: Case) -> Remedy:
         changed = []
