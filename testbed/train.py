@@ -241,15 +241,12 @@ def train_unet(
     *,
     stage: str,
     out: Path,
-    skip_above: float | None = None,
 ) -> None:
     """One UNet of ``prediction`` type, from the weights of stage ``start`` or from scratch, frozen text encoder.
 
     Args:
         stage: names its log and its batches' share of empty captions.
         out: folder of the finished pipeline.
-        skip_above: leave out visits whose guidance vector, at the visit's own noisy latents, has a larger norm (Wen et
-            al., ICLR 2024, section 5.2).
     """
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(**UNET)
@@ -276,12 +273,7 @@ def train_unet(
         target = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, t)
         with mixed_precision():
             output = unet(noisy, t, torch.stack([embedded[prompt] for prompt in drawn])).sample.float()
-        if skip_above is None:
-            return mse_loss(output, target)
-        with torch.no_grad(), mixed_precision():
-            uncond = unet(noisy, t, embedded[""].expand(UNET_BATCH, -1, -1)).sample.float()
-        kept = (output.detach() - uncond).flatten(1).norm(dim=1) <= skip_above
-        return ((output - target).square().mean((1, 2, 3)) * kept).sum() / kept.sum().clamp_min(1)
+        return mse_loss(output, target)
 
     def watch(model: UNet2DConditionModel) -> dict[str, float]:
         return separation(model, scheduler, captions, embedded)
@@ -293,8 +285,7 @@ def train_unet(
         peak=1e-3,
         folder=work / stage,
         watch=watch,
-        recipe=f"{prediction}, {steps} steps, on {digest(MODELS / 'vae')} and {digest(MODELS / 'clip')}"
-        + ("" if skip_above is None else f", skipping above {skip_above:g}"),
+        recipe=f"{prediction}, {steps} steps, on {digest(MODELS / 'vae')} and {digest(MODELS / 'clip')}",
     )
     save_pipeline(unet, text_encoder, tokenizer, scheduler, out)
 

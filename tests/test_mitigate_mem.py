@@ -136,7 +136,7 @@ def test_nothing_above_the_threshold(run_script, fast, prompts, tmp_path, capsys
 
 def test_comparison(run_script, tmp_path, capsys):
     out = tmp_path / "study"
-    common = ("--model", "testbed-eps", "--each", 2, "--steps", 3, "--methods", "gni",
+    common = ("--model", "testbed-eps", "--memorized", 2, "--ordinary", 2, "--steps", 3, "--methods", "gni",
               "--resamples", 100, "--out", out)  # fmt: skip
     run_script(mitigation_tradeoff, *common)
     table = pd.read_csv(out / "table.csv")

@@ -100,7 +100,7 @@ class EmbeddingNoise:
     strength: float = 0.3
 
     name: ClassVar[str] = "gni"
-    strengths: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.5, 0.8)
+    strengths: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1, 2, 4)
 
     def __call__(self, case: Case) -> Remedy:
         noise = [generator_of(prompt, case.seed).standard_normal(case.embeds.shape[1:]) for prompt in case.prompts]

@@ -47,11 +47,11 @@ def plans(methods: list[str]) -> list[Plan]:
     return [Plan(name, strength) for name in methods for strength in make_mitigation(name).strengths]
 
 
-def chosen_prompts(frame: pd.DataFrame, each: int) -> pd.DataFrame:
-    """``each`` prompts of either label, drawn by a seed; the memorized ones with a training picture."""
+def chosen_prompts(frame: pd.DataFrame, memorized: int, ordinary: int) -> pd.DataFrame:
+    """As many prompts of either label, drawn by a seed; the memorized ones with a training picture."""
     mixed = frame.sample(frac=1, random_state=0)
-    memorized = mixed[(mixed["label"] == 1) & mixed["picture"].notna()].head(each)
-    return pd.concat([memorized, mixed[mixed["label"] == 0].head(each)]).reset_index(drop=True)
+    copied = mixed[(mixed["label"] == 1) & mixed["picture"].notna()].head(memorized)
+    return pd.concat([copied, mixed[mixed["label"] == 0].head(ordinary)]).reset_index(drop=True)
 
 
 class Study:
@@ -179,13 +179,14 @@ def main() -> None:
     add_arguments(parser)
     parser.set_defaults(split="test")
     add = parser.add_argument
-    add("--each", type=int, default=16, metavar="N", help="prompts of either label (default: %(default)s)")
-    add("--steps", type=int, default=20, help="of a generation (default: %(default)s)")
+    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
+    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
+    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
     add("--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     args = parser.parse_args()
-    if args.each < 1 or not 3 <= args.steps <= 500:
-        parser.error("--each is at least 1, --steps from 3 to 500")
+    if min(args.memorized, args.ordinary) < 1 or not 3 <= args.steps <= 500:
+        parser.error("--memorized and --ordinary are at least 1, --steps from 3 to 500")
     todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
     subject = open_subject(args, "mitigation_tradeoff", images=True)
     spec = subject.spec
@@ -193,11 +194,12 @@ def main() -> None:
         raise InputError(f"{spec.name}: needs a calibration, clip and copy_limits in its config, and training pictures")
     listed = args.prompts or ROOT / spec.prompts["prompts"]
     subject.frame["picture"] = picture_files(subject.frame, listed)
-    frame = chosen_prompts(subject.frame, args.each)
+    frame = chosen_prompts(subject.frame, args.memorized, args.ordinary)
     known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
     judge, calibration = make_judge(subject.pipe, known, spec.clip), read_calibration(ROOT / spec.calibration)
     settings = {
-        **subject.settings, "plans": [list(plan) for plan in todo], "each": args.each, "steps": args.steps,
+        **subject.settings, "plans": [list(plan) for plan in todo], "steps": args.steps,
+        "memorized": args.memorized, "ordinary": args.ordinary,
         "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
         "levels": calibration.levels, "judge": judge.description,
     }  # fmt: skip
@@ -205,9 +207,9 @@ def main() -> None:
         run(Study(subject, frame, judge, calibration, args), todo, store)
     rows = pd.DataFrame(read_lines(subject.out / "scores.jsonl")[0])
     table = table_of(rows, spec.copy_limits["nl2"], args.resamples)
-    print(markdown(table.round(3).fillna("")))
+    print(markdown(table.round(3).astype(object).fillna("")))
     write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
-    title = f"{spec.name}: {args.each} memorized prompts, {settings['num_images']} noises each"
+    title = f"{spec.name}: {args.memorized} memorized prompts, {settings['num_images']} noises each"
     draw(table, subject.out / "tradeoff.png", title)
     print(f"{subject.out}/table.csv, tradeoff.png")
 
