@@ -36,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--strength", type=float, metavar="S", help="see below (default: the method's own)")
     add("--set", action="append", default=[], metavar="SETTING=VALUE", dest="assignments",
         help="another setting of the method, as in target=3 (the score to stop at) or lr=0.1; may be repeated")
+    add("--index", type=Path, metavar="DIR",
+        help="of training pictures, for amg (default: of the pictures that the model's own list names)")
     add("--calibration", metavar="FILE|none",
         help="written by detect_eval.py --calibrate: threshold and levels (default: the model's own)")
     add("--threshold", default="auto", metavar="X|auto",
@@ -158,7 +160,7 @@ def calibrated(args: argparse.Namespace, spec, mitigation) -> tuple:
     return calibration, images, threshold, level
 
 
-def method_of(args: argparse.Namespace):
+def method_of(args: argparse.Namespace, spec):
     """The mitigation that the flags name.
 
     Raises:
@@ -166,6 +168,7 @@ def method_of(args: argparse.Namespace):
     """
     import yaml
 
+    from memorization.index import own_index
     from memorization.mitigations import make_mitigation
 
     settings = {} if args.strength is None else {"strength": args.strength}
@@ -174,6 +177,8 @@ def method_of(args: argparse.Namespace):
         if not value:
             raise InputError(f"--set {assignment}: write SETTING=VALUE")
         settings[name] = yaml.safe_load(value)
+    if args.method == "amg":
+        settings["index"] = str(args.index or own_index(spec))
     return make_mitigation(args.method, settings)
 
 
@@ -209,7 +214,8 @@ def main() -> None:
     from memorization.results import ResultStore, read_lines
     from memorization.similarity.judge import make_judge
 
-    spec, mitigation = find_model(args.model), method_of(args)
+    spec = find_model(args.model)
+    mitigation = method_of(args, spec)
     calibration, images, threshold, level = calibrated(args, spec, mitigation)
     frame, known = read_list(args, spec)
 

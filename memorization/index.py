@@ -6,7 +6,8 @@
 
 Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
 chunks. Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
-Features are the pictures themselves at a small size (``pixels``), or SSCD descriptors of the whole pictures (``sscd``).
+Features are the pictures themselves at a small size (``pixels``), or SSCD descriptors or CLIP embeddings of the whole
+pictures (``sscd``, ``clip``).
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import fcntl
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.images import list_images
+from memorization.models import ROOT, ModelSpec
+from memorization.pictures import read_picture, to_bytes, to_tensor
 from memorization.prompts import read_prompts
 from memorization.results import read_json, write_atomically
+from memorization.similarity.clip import Clip
 from memorization.similarity.pixel import l2
 from memorization.similarity.sscd import SSCD
 
-FEATURES = ("pixels", "sscd")
+FEATURES = ("pixels", "sscd", "clip")
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
 
 
@@ -39,8 +44,9 @@ class Index:
     """Training pictures, their captions and features.
 
     Attributes:
-        kind: ``pixels`` (uint8, the picture at ``size``) or ``sscd`` (unit vectors).
-        size: (height, width) that pictures were brought to; None for ``sscd``.
+        kind: ``pixels`` (uint8, the picture at ``size``), ``sscd`` or ``clip`` (unit vectors).
+        size: (height, width) that pictures were brought to, for ``pixels``.
+        model: folder or hub id of the CLIP checkpoint, for ``clip``.
         features: memory-mapped, ``(pictures, width)``.
         paths, captions: of every picture.
 
@@ -53,15 +59,21 @@ class Index:
             raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
         record = read_json(folder / "index.json")
         self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
+        self.model = record.get("model")
         items = _items(folder)
         if not items:
             raise InputError(f"{folder}: the index holds no picture")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
-        dtype = {"pixels": np.uint8, "sscd": np.float32}[self.kind]
+        dtype = np.uint8 if self.kind == "pixels" else np.float32
         self.features = np.memmap(folder / "features.bin", dtype, "r").reshape(-1, record["width"])[: len(items)]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @cached_property
+    def describe(self) -> Callable[[Tensor], Tensor]:
+        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1]; differentiable, but for ``sscd``."""
+        return describer(self.kind, self.size, self.model)
 
     def vectors(self, rows: Sequence[int] | slice) -> Tensor:
         """``rows`` as they are compared, float32: pixels in [-1, 1], flattened ``(c, h, w)``, or unit vectors."""
@@ -72,7 +84,7 @@ class Index:
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` nearest of every query ``(n, width)``: distances ``(n, k)``, nearest first, and rows ``(n, k)``.
 
-        Root mean square difference / 2 for pixels, 1 - cosine for SSCD.
+        Root mean square difference / 2 for pixels, 1 - cosine for unit vectors.
         """
         k = min(k, len(self))
         best = torch.full((len(queries), k), torch.inf)
@@ -92,6 +104,22 @@ class Index:
         """How often the caption of the first of ``rows (n, k)`` occurs among all of them, a count a query."""
         captions = [[self.captions[i] for i in neighbours] for neighbours in rows.tolist()]
         return [Counter(own)[own[0]] for own in captions]
+
+
+def describer(kind: str, size: tuple[int, int] | None, model: str | None) -> Callable[[Tensor], Tensor]:
+    """What makes features of pictures ``(n, 3, h, w)`` in [-1, 1]."""
+    if kind == "sscd":
+        sscd = SSCD()
+        return lambda pictures: torch.from_numpy(sscd(to_bytes(pictures))).float()
+    if kind == "clip":
+        return Clip(model).describe
+
+    def pixels(pictures: Tensor) -> Tensor:
+        if tuple(pictures.shape[-2:]) != size:
+            pictures = interpolate(pictures, size, mode="bicubic", antialias=True)
+        return pictures.flatten(1)
+
+    return pixels
 
 
 def _items(folder: Path) -> list[dict]:
@@ -122,26 +150,31 @@ def listed(source: Path) -> list[dict]:
     ]
 
 
-def build(source: Path, folder: Path, kind: str, size: tuple[int, int] | None, at_once: int = 64) -> Index:
+def build(
+    source: Path, folder: Path, kind: str, size: tuple[int, int] | None = None, model: str | None = None,
+    *, at_once: int = 64,
+) -> Index:  # fmt: skip
     """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
 
     Args:
-        size: (height, width) for ``pixels``; None for ``sscd``.
+        size: (height, width), for ``pixels``.
+        model: folder or hub id of a CLIP checkpoint, for ``clip``.
 
     Raises:
-        InputError: the folder holds an index of another kind or size, or is being built, or SSCD cannot be had.
+        InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
+            cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    embed = SSCD() if kind == "sscd" else None
-    width = 512 if embed else size[0] * size[1] * 3
-    record = {"kind": kind, "size": size and list(size), "width": width}
+    describe, raw = describer(kind, size, model), kind == "pixels"
+    width = describe(torch.zeros(1, 3, *(size or (64, 64)))).shape[1]
+    record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": model} if model else {})
     if not (folder / "index.json").exists():
         write_atomically(folder / "index.json", json.dumps(record) + "\n")
     if read_json(folder / "index.json") != record:
         raise InputError(f"{folder}: holds an index of another kind or size; choose another --out")
     done = _items(folder)
     known = {item["path"] for item in done}
-    row = width * (4 if embed else 1)  # bytes
+    row = width * (1 if raw else 4)  # bytes
     with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
         try:
             fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,7 +189,7 @@ def build(source: Path, folder: Path, kind: str, size: tuple[int, int] | None, a
             if not batch:
                 continue
             pictures = [picture for _, picture in batch]
-            found = _describe(embed, pictures) if embed else np.stack(pictures).transpose(0, 3, 1, 2)
+            found = np.stack(pictures).transpose(0, 3, 1, 2) if raw else _describe(describe, pictures)
             features.write(np.ascontiguousarray(found).tobytes())
             features.flush()
             items.write(b"".join(_line(item) for item, _ in batch))
@@ -164,9 +197,24 @@ def build(source: Path, folder: Path, kind: str, size: tuple[int, int] | None, a
     return Index(folder)
 
 
-def _describe(embed: SSCD, pictures: list[np.ndarray]) -> np.ndarray:
-    """SSCD descriptors of pictures of any size, float32 ``(n, 512)``."""
-    return np.concatenate([embed(picture[None]) for picture in pictures]).astype(np.float32)
+def own_index(spec: ModelSpec) -> Path:
+    """The folder of an index of the training pictures that a model's own list names, made where it is not there.
+
+    Raises:
+        InputError: it has no list with pictures.
+    """
+    listed = ROOT / spec.prompts.get("prompts", "")
+    if not listed.is_file() or "image" not in read_prompts(listed):
+        raise InputError(f"model {spec.name!r} has no list of training pictures: python -m memorization.index build")
+    folder = ROOT / "results" / "local" / f"{spec.name}-index"
+    build(listed, folder, "pixels", (64, 64))
+    return folder
+
+
+@torch.no_grad()
+def _describe(describe: Callable[[Tensor], Tensor], pictures: list[np.ndarray]) -> np.ndarray:
+    """Features of pictures of any size, float32 ``(n, width)``."""
+    return torch.cat([describe(to_tensor(picture[None])) for picture in pictures]).numpy()
 
 
 def _line(item: dict) -> bytes:
@@ -175,13 +223,12 @@ def _line(item: dict) -> bytes:
 
 def _read(name: str, source: Path, size: tuple[int, int] | None) -> np.ndarray | None:
     """The picture, uint8 ``(h, w, 3)``, at ``size`` if given; None, and a line on standard error where unreadable."""
-    places = [source.parent / name, Path(name)]
+    places = [source.parent / name, Path(name), ROOT / name]
     path = next((place for place in places if place.is_file()), places[0])
     try:
-        picture = Image.open(path).convert("RGB")
-        return np.asarray(picture.resize(size[::-1], Image.Resampling.LANCZOS) if size else picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        print(f"skipped: {name} ({error})", file=sys.stderr)
+        return read_picture(path, size)
+    except InputError as error:
+        print(f"skipped: {error}", file=sys.stderr)
         return None
 
 
@@ -192,6 +239,7 @@ def main() -> None:
     make.add_argument("source", type=Path, help="a folder of pictures, or a list with columns image and prompt")
     make.add_argument("--out", type=Path, required=True, metavar="INDEX")
     make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
+    make.add_argument("--clip", metavar="FOLDER|HUB_ID", help="the CLIP checkpoint, for clip features")
     make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixel features (default: 64 64)")
     find = commands.add_parser("search", help="the training pictures nearest to pictures of yours")
     find.add_argument("index", type=Path)
@@ -199,10 +247,12 @@ def main() -> None:
     find.add_argument("-k", type=int, default=5)
     args = parser.parse_args()
     if args.command == "build":
-        if args.size and (args.features == "sscd" or min(args.size) < 1):
+        if args.size and (args.features != "pixels" or min(args.size) < 1):
             parser.error("--size is for pixel features, and at least 1 1")
+        if (args.features == "clip") != bool(args.clip):
+            parser.error("--features clip and --clip go together")
         size = tuple(args.size or (64, 64)) if args.features == "pixels" else None
-        index = build(args.source, args.out, args.features, size)
+        index = build(args.source, args.out, args.features, size, args.clip)
         print(f"{args.out}: {len(index)} pictures, {index.kind}")
         return
     index = Index(args.index)
@@ -211,10 +261,7 @@ def main() -> None:
     pictures = {name: picture for name in args.pictures if (picture := _read(name, Path(), index.size)) is not None}
     if not pictures:
         raise InputError("none of the pictures can be read")
-    if index.kind == "sscd":
-        vectors = torch.from_numpy(_describe(SSCD(), list(pictures.values())))
-    else:
-        vectors = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2).flatten(1).float() / 127.5 - 1
+    vectors = torch.from_numpy(_describe(index.describe, list(pictures.values())))
     for name, distances, rows in zip(pictures, *index.search(vectors, args.k), strict=True):
         print(name)
         for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from memorization.detection import with_memory
 from memorization.errors import InputError
 from memorization.mitigations import Case, Mitigation, Remedy
+from memorization.pictures import read_picture
 from memorization.plots import save_figure
 from memorization.results import ResultStore
 from memorization.sampling import sample
-from memorization.similarity.judge import Judge, read_picture
+from memorization.similarity.judge import Judge
 
 SCORED_BY = "anisotropy"
 

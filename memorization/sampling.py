@@ -11,6 +11,7 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.mitigations.case import Case, Remedy
+from memorization.pictures import to_bytes
 from memorization.trajectory import generate
 
 
@@ -30,8 +31,13 @@ def sample(case: Case, remedy: Remedy) -> np.ndarray:
     return np.stack(pictures).reshape(-1, images, *pictures[0].shape)
 
 
+def decode_pixels(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: int = 8) -> Tensor:
+    """Pictures ``(rows, 3, h, w)`` about in [-1, 1], of scaled latents ``(rows, c, h, w)``; differentiable."""
+    chunks = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
+    return torch.cat([pipe.vae.decode(chunk).sample.float() for chunk in chunks])
+
+
 def decode(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: int = 8) -> Iterator[np.ndarray]:
     """Pictures, uint8 ``(h, w, 3)``, of scaled latents ``(rows, c, h, w)``."""
-    for chunk in (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once):
-        pixels = (pipe.vae.decode(chunk).sample.float() / 2 + 0.5).clamp(0, 1)
-        yield from (pixels * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for chunk in latents.split(at_once):
+        yield from to_bytes(decode_pixels(pipe, chunk))

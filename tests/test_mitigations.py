@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import load_tiny
@@ -12,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from local_sd_pipeline import NoisePrediction
 from memorization.detectors import make_detectors
 from memorization.errors import InputError
+from memorization.index import build
 from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation
 from memorization.mitigations.attention_rescale import AttentionRescale, RescalingAttnProcessor
 from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
@@ -40,10 +42,22 @@ def case_of(pipe, prompts=PROMPTS, **changed):
     return replace(case, **{"levels": levels, **changed})
 
 
+@pytest.fixture(scope="module")
+def pictures_index(tmp_path_factory):
+    """Of a few training pictures of the testbed, all of them near enough for the gate of amg."""
+    folder = tmp_path_factory.mktemp("index")
+    listed = pd.DataFrame(
+        {"prompt": ["one", "two"], "image": [f"testbed/pictures/{n}.png" for n in ("badminton", "thread")]}
+    )
+    listed.to_csv(folder / "list.csv", index=False)
+    build(folder / "list.csv", folder / "index", "pixels", (8, 8))
+    return folder / "index"
+
+
 @pytest.mark.parametrize("name", list(MITIGATIONS))
-def test_every_method_gives_what_the_sampler_takes_and_none_looks_at_its_neighbours(pipe, name):
+def test_every_method_gives_what_the_sampler_takes_and_none_looks_at_its_neighbours(pipe, name, pictures_index):
     case = case_of(pipe)
-    mitigation = make_mitigation(name)
+    mitigation = make_mitigation(name, {"index": str(pictures_index)} if name == "amg" else None)
     assert len(mitigation.strengths) == 5
     remedy = mitigation(case)
     assert len(remedy.prompts) == len(remedy.iterations) == 3

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Protocol
 
 from memorization.errors import InputError
+from memorization.mitigations.amg import AMG
 from memorization.mitigations.attention_rescale import AttentionRescale
 from memorization.mitigations.case import Case, Guide, Remedy, level_of
 from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
@@ -37,7 +38,7 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
     cls.name: cls
     for cls in (
         Anisotropy, NoiseNorm, Rewrite, Sail, StaticTransition, DynamicTransition, AttentionRescale,
-        RandomNumbers, RandomTokens, WordRepetition, EmbeddingNoise,
+        RandomNumbers, RandomTokens, WordRepetition, EmbeddingNoise, AMG,
     )
 }  # fmt: skip
 
@@ -51,10 +52,13 @@ def make_mitigation(name: str, settings: dict | None = None) -> Mitigation:
     settings = settings or {}
     if name not in MITIGATIONS:
         raise InputError(f"unknown method {name}; there are: {', '.join(MITIGATIONS)}")
-    known = [setting.name for setting in fields(MITIGATIONS[name])]
+    known = {setting.name: setting.default for setting in fields(MITIGATIONS[name])}
     for setting, value in settings.items():
         if setting not in known:
             raise InputError(f"{name} has no setting {setting!r}; it has: {', '.join(known)}")
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        words = isinstance(known[setting], str)
+        if not words and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
             raise InputError(f"{name}: {setting} = {value} is no number above 0")
+        if words and not isinstance(value, str):
+            raise InputError(f"{name}: {setting} = {value} is no word")
     return MITIGATIONS[name](**settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from memorization.errors import InputError
@@ -49,6 +49,23 @@ class Clip:
             vision = self.model.vision_model(pixels.to(self.model.device)).pooler_output
             parts.append(self.model.visual_projection(vision))
         return normalize(torch.cat(parts), dim=1).cpu()
+
+    def describe(self, pictures: Tensor) -> Tensor:
+        """Unit vectors ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], differentiable.
+
+        The same preparation as :meth:`pictures`, but for the rounding of resized pixels to bytes, and it squeezes a
+        picture to the model's size instead of cropping it.
+        """
+        side = self.model.config.vision_config.image_size
+        if tuple(pictures.shape[-2:]) != (side, side):
+            pictures = interpolate(pictures, (side, side), mode="bicubic", antialias=True)
+        mean, std = (
+            torch.tensor(values, device=pictures.device)[:, None, None]
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        pixels = ((pictures / 2 + 0.5) - mean) / std
+        vision = self.model.vision_model(pixels.to(self.model.device)).pooler_output
+        return normalize(self.model.visual_projection(vision), dim=1)
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> Tensor:

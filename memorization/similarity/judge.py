@@ -7,35 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
-from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
 from memorization.models import ROOT
+from memorization.pictures import read_picture, to_tensor
 from memorization.similarity.clip import Clip
 from memorization.similarity.pixel import normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 
 NEIGHBOURS = 50  # of the normalised l2
-
-
-def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """uint8 ``(h, w, 3)``, brought to ``size`` (height, width).
-
-    Raises:
-        InputError: the file is no picture.
-    """
-    try:
-        return np.asarray(Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
-    except OSError as error:
-        raise InputError(f"{path}: no picture that can be read ({error})") from None
-
-
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 ``(n, h, w, 3)`` -> float ``(n, 3, h, w)`` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:

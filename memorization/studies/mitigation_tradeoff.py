@@ -2,7 +2,7 @@
 
 On memorized and on ordinary prompts of a labelled list, all from the same noise: how many pictures are still copies,
 against how well they fit the prompt; what the method does to ordinary prompts, which need none; seconds a prompt.
-Intervals resample families. A killed study goes on where it stopped.
+Intervals resample families. A killed study goes on where it stopped, and other methods may be added to a finished one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from memorization.calibration import Calibration, read_calibration
 from memorization.detection import default_batch_size
 from memorization.detectors import make_detectors
 from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.index import own_index
 from memorization.mitigation import Outcome, Side, mitigate
 from memorization.mitigations import MITIGATIONS, Case, Mitigation, make_mitigation
 from memorization.models import ROOT
+from memorization.pictures import to_tensor
 from memorization.plots import save_figure
 from memorization.prompts import read_prompts
 from memorization.results import ResultStore, read_lines, write_atomically
-from memorization.similarity.judge import Judge, make_judge, picture_files, to_tensor
+from memorization.similarity.judge import Judge, make_judge, picture_files
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 from memorization.tables import markdown
 
@@ -37,9 +39,9 @@ class Plan(NamedTuple):
     method: str
     strength: float
 
-    @property
-    def mitigation(self) -> Mitigation:
-        return make_mitigation(self.method, {"strength": self.strength})
+    def mitigation(self, settings: dict[str, dict]) -> Mitigation:
+        """The mitigation, with further ``settings`` by method."""
+        return make_mitigation(self.method, {"strength": self.strength, **settings.get(self.method, {})})
 
 
 def plans(methods: list[str]) -> list[Plan]:
@@ -64,6 +66,7 @@ class Study:
         images = calibration.holds_for["num_images"]
         noise, size = pipe.pure_noise(images, args.seed), max(1, batch_size // images)
         self.judge, self.parts, self.cases = judge, [], []
+        self.mitigation_settings = {"amg": {"index": str(own_index(subject.spec))}}
         for start in range(0, len(frame), size):
             part = frame.iloc[start : start + size]
             with torch.no_grad():
@@ -78,7 +81,13 @@ class Study:
     def rows(self, plan: Plan, number: int) -> list[dict]:
         """Lines of one plan on case ``number``."""
         case, part = self.cases[number], self.parts[number]
-        outcome = mitigate(case, plan.mitigation, self.judge, part["picture"].tolist(), self.before.get(number))
+        outcome = mitigate(
+            case,
+            plan.mitigation(self.mitigation_settings),
+            self.judge,
+            part["picture"].tolist(),
+            self.before.get(number),
+        )
         self.before[number] = outcome.before
         kept = part[["label", "family"]].to_dict("records")
         rows = zip(kept, outcome.rows(case.prompts), distance_moved(outcome), strict=True)
@@ -92,18 +101,17 @@ def distance_moved(outcome: Outcome) -> list[float]:
 
 
 def run(study: Study, todo: list[Plan], store: ResultStore) -> None:
-    """All plans on all cases, from where the store stopped."""
-    pieces = [(plan, number) for plan in todo for number in range(len(study.cases))]
-    if store.done == len(todo) * sum(map(len, study.parts)):
-        return
-    before = 0  # lines of the pieces so far
-    store.start()
-    for plan, number in tqdm(pieces, desc=store.folder.name, unit="case"):
-        size = len(study.parts[number])
-        if before + size > store.done:
-            rows = [{"id": before + i, **row} for i, row in enumerate(study.rows(plan, number))]
-            store.append(rows[store.done - before :])
-        before += size
+    """All plans on all cases, but for what the store has already."""
+    have = {(row["method"], row["strength"], row["prompt"]) for row in read_lines(store.scores)[0]}
+    pieces = [
+        (plan, number) for plan in todo for number, part in enumerate(study.parts)
+        if not all((*plan, prompt) in have for prompt in part["prompt"])
+    ]  # fmt: skip
+    if pieces:
+        store.start()
+    for plan, number in tqdm(pieces, desc=store.folder.name, unit="case", disable=not pieces):
+        new = [row for row in study.rows(plan, number) if (*plan, row["prompt"]) not in have]
+        store.append([{"id": store.done + i, **row} for i, row in enumerate(new)])
 
 
 def resampled_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
@@ -198,7 +206,7 @@ def main() -> None:
     known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
     judge, calibration = make_judge(subject.pipe, known, spec.clip), read_calibration(ROOT / spec.calibration)
     settings = {
-        **subject.settings, "plans": [list(plan) for plan in todo], "steps": args.steps,
+        **subject.settings, "steps": args.steps,
         "memorized": args.memorized, "ordinary": args.ordinary,
         "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
         "levels": calibration.levels, "judge": judge.description,

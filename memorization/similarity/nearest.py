@@ -1,0 +1,46 @@
+"""Nearness of a picture to its nearest training picture as AMG defines it, differentiable in the picture.
+
+Chen, Liu, Xu, CVPR 2024, equations 8 and 9, with n_0 the nearest of an index and z its k = 50 nearest:
+
+    pixels       sigma = - l2(x, n_0) / (alpha * mean over z of l2(x, z)),   alpha = .5
+    SSCD, CLIP   sigma = E(x)^T E(n_0)
+
+Larger is nearer. The neighbours are held constant in the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memorization.index import Index
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Nearness to the pictures of ``index``."""
+
+    index: Index
+    k: int = 50
+    alpha: float = 0.5
+
+    @property
+    def measure(self) -> str:
+        """``nl2`` or ``cosine``."""
+        return "nl2" if self.index.kind == "pixels" else "cosine"
+
+    @torch.no_grad()
+    def find(self, pictures: Tensor) -> Tensor:
+        """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of pictures ``(n, 3, h, w)`` in [-1, 1]."""
+        return self.index.search(self.index.describe(pictures), self.k)[1]
+
+    def nearness(self, pictures: Tensor, rows: Tensor) -> Tensor:
+        """sigma ``(n,)``, given the rows of the neighbours."""
+        described = self.index.describe(pictures)
+        if self.measure == "cosine":
+            return (described * self.index.vectors(rows[:, 0].tolist()).to(described)).sum(1)
+        z = self.index.vectors(rows.flatten().tolist()).to(described).unflatten(0, rows.shape)
+        distance = (described[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
+        return -distance[:, 0] / (self.alpha * distance.mean(1))

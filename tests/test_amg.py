@@ -1,0 +1,202 @@
+"""Anti-memorization guidance: every term against its formula, the gate, and what it does to a generation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GOLDEN, load_tiny
+from PIL import Image
+
+from local_sd_pipeline import NoisePrediction
+from memorization.errors import InputError
+from memorization.index import build
+from memorization.mitigations import Case, Remedy, make_mitigation
+from memorization.mitigations.amg import AMG, AntiMemorization, find_terms
+from memorization.sampling import sample
+from memorization.similarity.nearest import Nearest
+from memorization.similarity.pixel import normalized_l2
+
+SIZE = (8, 8)
+ROOT = GOLDEN.parent.parent
+
+
+@pytest.fixture(scope="module")
+def index_folder(tmp_path_factory):
+    """Sixty smooth pictures of 8 x 8, captioned; the first three share their caption."""
+    folder = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        small = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+        small.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+        rows.append({"file_name": f"{i:02d}.png", "prompt": "same" if i < 3 else f"thing {i}"})
+    pd.DataFrame(rows).to_json(folder / "metadata.jsonl", orient="records", lines=True)
+    build(folder, folder / "index", "pixels", SIZE)
+    return folder / "index"
+
+
+@pytest.fixture(scope="module")
+def nearest(index_folder):
+    return AMG(index=str(index_folder)).nearest()
+
+
+def pictures(count=4):
+    return torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+
+
+def guide_of(nearest, guidances, terms, scale=7.5, every=1):
+    """A guide on latents that are the pictures themselves; another caption's eps is its length everywhere."""
+
+    def caption_eps(latents, timestep, captions):
+        return torch.tensor([len(caption) for caption in captions])[:, None, None, None].expand_as(latents).to(latents)
+
+    return AntiMemorization(nearest, terms, frozenset(guidances), scale, every, lambda x: x, caption_eps)
+
+
+def point_of(clean, t=500, alpha=0.8):
+    """A prediction whose guided eps implies ``clean`` for scale 7.5."""
+    generator = torch.Generator().manual_seed(2)
+    uncond, cond = (torch.randn(clean.shape, generator=generator).to(clean) for _ in range(2))
+    sigma = (1 - alpha**2) ** 0.5
+    eps = uncond + 7.5 * (cond - uncond)
+    return NoisePrediction(t, alpha * clean + sigma * eps, uncond, cond, alpha, sigma, "epsilon"), eps
+
+
+def test_nearness_is_the_published_one_and_so_is_its_gradient(nearest):
+    x = pictures()
+    training = nearest.index.vectors(slice(None)).unflatten(1, (3, *SIZE))
+    rows = nearest.find(x)
+    sigma = nearest.nearness(x, rows)
+    assert torch.allclose(-sigma.float(), normalized_l2(x, training, 50).min(1).values, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda p: nearest.nearness(p, rows), x.requires_grad_())
+
+
+def test_gate_rises_to_its_end_and_strength_moves_it():
+    terms = find_terms("paper-main", "nl2")
+    assert terms.gate(0) == pytest.approx(1.5) and terms.gate(1000) == pytest.approx(1.95, abs=1e-3)
+    assert find_terms("paper-main", "nl2", 1.2).gate(0) == pytest.approx(1.8)
+    cosine = find_terms("paper-main", "cosine")
+    assert cosine.gate(0) == pytest.approx(0.4) and cosine.gate(1000) == pytest.approx(0.3, abs=1e-3)
+    assert find_terms("paper-main", "cosine", 2.0).gate(0) == pytest.approx(0.2)
+    with pytest.raises(InputError, match="no preset 'official-code' for nl2; there are: paper-main, paper-strong"):
+        find_terms("official-code", "nl2")
+
+
+@pytest.mark.parametrize("preset", ["paper-main", "official-code"])
+def test_scales_leave_at_least_one(preset):
+    terms = find_terms(preset, "cosine")
+    for s0 in (1.0, 3.0, 7.5):
+        s1, s2 = terms.scales(torch.linspace(-1, 1, 101), s0)
+        assert (s1 >= 0).all() and (s2 >= 0).all() and (s1 + s2 <= s0 - 1 + 1e-6).all()
+        assert s1[:50].max() == 0
+    s1, s2 = terms.scales(torch.tensor([0.1, 0.6]), 7.5)
+    assert s1.tolist() == pytest.approx([1.3, 6.5])
+    expected = 2.17 if preset == "paper-main" else 5.2 / 3 * 0.9999
+    assert s2.tolist() == pytest.approx([expected, 0], rel=1e-3)
+
+
+def test_each_guidance_is_its_formula(nearest):
+    clean = pictures()
+    point, eps = point_of(clean)
+    terms = replace(find_terms("paper-main", "nl2"), gate_start=9, gate_end=9, c1=1.0, c2=0.5, c3=3.0)  # always open
+    rows = nearest.find(clean)
+    sigma = nearest.nearness(clean, rows)
+    m = sigma + 2
+    s1 = m.clamp(0, 6.5)
+    s2 = torch.minimum((0.5 * m).clamp_min(0), 6.5 - s1)
+    lengths = torch.tensor([float(len(nearest.index.captions[i])) for i in rows[:, 0]])
+    x = clean.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(nearest.nearness(x, rows).sum(), x)
+
+    def wide(v):
+        return v[:, None, None, None]
+
+    expected = {
+        "spe": -wide(s1) * point.guidance,
+        "dup": -wide(s2) * (wide(lengths) - point.uncond),
+        "sim": 3.0 * point.sigma * gradient / point.alpha,
+    }
+    for name, change in expected.items():
+        found = guide_of(nearest, {name}, terms)(0, point) - eps
+        assert torch.allclose(found, change, atol=1e-5), name
+    together = guide_of(nearest, set(expected), terms)(0, point) - eps
+    assert torch.allclose(together, sum(expected.values()), atol=1e-5)
+
+
+def test_a_guided_step_lowers_the_nearness_and_a_closed_row_is_left_alone(nearest):
+    training = nearest.index.vectors([5, 9]).unflatten(1, (3, *SIZE)).double()
+    clean = torch.cat([training * 0.95, pictures(2)])
+    before = nearest.nearness(clean, nearest.find(clean))
+    point, _ = point_of(clean)
+    for guidances in ({"sim"}, {"sim", "spe"}):
+        guide = guide_of(nearest, guidances, find_terms("paper-main", "nl2", 0.5, c3=0.5))
+        after_eps = guide(0, point)
+        look = guide.looks[0]
+        assert look.open.tolist() == [True, True, False, False]
+        assert torch.equal(after_eps[2:], (point.uncond + 7.5 * point.guidance)[2:])
+        if guidances == {"sim"}:
+            after = (point.latents - point.sigma * after_eps) / point.alpha
+            lowered = nearest.nearness(after, nearest.find(clean))
+            assert (lowered[:2] < before[:2]).all()
+
+
+def test_rows_that_are_far_look_again_later(nearest):
+    clean = torch.cat([nearest.index.vectors([5]).unflatten(1, (3, *SIZE)).double(), pictures(1)])
+    guide = guide_of(nearest, {"sim"}, find_terms("paper-main", "nl2", 0.5, c3=1e-9), every=3)
+    for step in range(6):
+        guide(step, point_of(clean)[0])
+    assert [look.rows.tolist() for look in guide.looks] == [[0, 1], [0], [0], [0, 1], [0], [0]]
+
+
+def test_duplication_counts_where_the_preset_asks_for_it(nearest):
+    clean = nearest.index.vectors([0, 30]).unflatten(1, (3, *SIZE)).double()
+    terms = replace(find_terms("paper-main", "nl2", c1=0.1, c2=0.5), min_captions=3)
+    guide = guide_of(nearest, {"dup"}, terms)
+    guide(0, point_of(clean)[0])
+    often = nearest.index.multiplicity(nearest.find(clean))
+    assert often[1] == 1 and (guide.looks[0].s2 > 0).tolist() == [often[0] >= 3, False]
+
+
+@pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
+def case(request):
+    pipe = load_tiny(request.param, images=True)
+    prompts = ["a red kite", "two boats"]
+    with torch.no_grad():
+        return Case(pipe, prompts, pipe.embed(prompts).float(), pipe.pure_noise(2, 0), {}, {}, steps=4)
+
+
+def test_with_its_gate_closed_it_is_plain_sampling_to_the_bit(case, index_folder):
+    plain = sample(case, Remedy.unchanged(case))
+    closed = AMG(index=str(index_folder), strength=1e-6)
+    assert np.array_equal(sample(case, closed(case)), plain)
+    opened = AMG(index=str(index_folder), strength=10.0)
+    assert not np.array_equal(sample(case, opened(case)), plain)
+
+
+def test_what_amg_cannot_do_is_said(case, index_folder):
+    for settings, message in (
+        ({}, "amg needs an index"),
+        ({"index": "nowhere"}, "holds no index"),
+        ({"guidances": "spe+magic"}, "no guidance magic; there are: spe, dup, sim"),
+        ({"index": str(index_folder), "preset": "mine"}, "no preset 'mine'"),
+        ({"index": 3}, "index = 3 is no word"),
+        ({"c1": -1}, "c1 = -1 is no number above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sample(case, make_mitigation("amg", settings)(case))
+
+
+def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
+    made = build(index_folder.parent, tmp_path / "clip", "clip", None, str(ROOT / "testbed/models/clip"))
+    nearest = Nearest(made)
+    x = pictures(2).float()
+    rows = nearest.find(x)
+    sigma = nearest.nearness(x.requires_grad_(), rows)
+    (gradient,) = torch.autograd.grad(sigma.sum(), x)
+    step = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        risen = nearest.nearness(x + step, rows).sum() - nearest.nearness(x - step, rows).sum()
+    assert risen.item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
+    assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "cosine"
