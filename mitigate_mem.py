@@ -171,7 +171,9 @@ def method_of(args: argparse.Namespace, spec):
     from memorization.index import own_index
     from memorization.mitigations import make_mitigation
 
-    settings = {} if args.strength is None else {"strength": args.strength}
+    settings = dict(spec.amg) if args.method == "amg" else {}
+    if args.strength is not None:
+        settings["strength"] = args.strength
     for assignment in args.assignments:
         name, _, value = assignment.partition("=")
         if not value:

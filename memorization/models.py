@@ -29,6 +29,7 @@ class ModelSpec:
         guidance_scale: of generations.
         calibration: file with its thresholds, in the project.
         clip: the CLIP checkpoint that judges its pictures.
+        amg: settings of the mitigation amg.
         copy_limits: ``nl2`` -> value below which a picture counts as a copy.
     """
 
@@ -41,6 +42,7 @@ class ModelSpec:
     calibration: str | None = None
     clip: str | None = None
     copy_limits: dict[str, float] = field(default_factory=dict)
+    amg: dict = field(default_factory=dict)
     description: str = ""
 
 

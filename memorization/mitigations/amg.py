@@ -55,8 +55,8 @@ class Terms:
     ungated_spe: bool = False
     relative_dup: bool = False  # c2 counts in units of s0 - s1 - 1
     min_captions: int = 1
-    sim_offset: float | None = None
-    sim_rate: float = 0.0
+    sim_above: float | str | None = None  # the weight is c3 times the excess over this, or over the "gate"
+    sim_rate: float = 0.0  # by which its logarithm grows a timestep
 
     def gate(self, t: float) -> float:
         """Where the gate stands at timestep ``t``, in the unit of the measure."""
@@ -70,10 +70,12 @@ class Terms:
         s2 = self.c2 * m * (left if self.relative_dup else 1)
         return s1, torch.minimum(s2.clamp_min(0), left)
 
-    def sim_weight(self, sigma: Tensor, t: float) -> Tensor:
-        """The factor of s * grad sigma."""
-        excess = 1.0 if self.sim_offset is None else (sigma - self.sim_offset).clamp_min(0)
-        return self.c3 * excess * math.exp(self.sim_rate * (1000 - t)) * torch.ones_like(sigma)
+    def sim_weight(self, sigma: Tensor, excess: Tensor, t: float) -> Tensor:
+        """The factor of s * grad sigma; ``excess``: how far sigma lies above the gate."""
+        factor = torch.ones_like(sigma)
+        if self.sim_above is not None:
+            factor = excess if self.sim_above == "gate" else (sigma - self.sim_above).clamp_min(0)
+        return self.c3 * math.exp(self.sim_rate * (1000 - t)) * factor
 
 
 def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: float) -> Terms:
@@ -140,9 +142,10 @@ class AntiMemorization:
             pictures = self.decode(x0)
             neighbours = self.nearest.find(pictures)
             sigma = self.nearest.nearness(pictures, neighbours)
-        gate = self.terms.gate(point.timestep)
         nl2 = self.nearest.measure == "nl2"
-        opened = sigma > (-gate if nl2 else gate)
+        gate = self.terms.gate(point.timestep)
+        excess = sigma + gate if nl2 else sigma - gate
+        opened = excess > 0
         self.due[rows.cpu()] = step + torch.where(opened, 1, self.every).cpu()
         s1, s2 = self.terms.scales(sigma + 2 if nl2 else sigma, self.scale)
         s1 = s1 * (opened | self.terms.ungated_spe) * ("spe" in self.guidances)
@@ -152,7 +155,7 @@ class AntiMemorization:
         if (duplicated := s2 > 0).any():
             change[duplicated] -= s2[duplicated, None, None, None] * self._dup(point, rows, neighbours, duplicated)
         if opened.any() and "sim" in self.guidances:
-            change[opened] += self._sim(point, x0[opened], neighbours[opened], sigma[opened])
+            change[opened] += self._sim(point, x0[opened], neighbours[opened], sigma[opened], excess[opened])
         acted = opened | (s1 > 0)
         eps = eps.clone()  # rows with a closed gate stay as they are, to the bit
         eps[rows[acted]] += change[acted]
@@ -167,7 +170,7 @@ class AntiMemorization:
         places = rows[chosen]
         return self.caption_eps(point.latents[places], point.timestep, captions) - point.uncond[places]
 
-    def _sim(self, point: NoisePrediction, x0: Tensor, neighbours: Tensor, sigma: Tensor) -> Tensor:
+    def _sim(self, point: NoisePrediction, x0: Tensor, neighbours: Tensor, sigma: Tensor, excess: Tensor) -> Tensor:
         """Equation 17; d x0_hat / d x_t is 1 / alpha, since eps_hat is held constant."""
         parts = []
         for chunk, near in zip(x0.split(8), neighbours.split(8), strict=True):
@@ -175,7 +178,7 @@ class AntiMemorization:
                 clean = chunk.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(self.nearest.nearness(self.decode(clean), near).sum(), clean)
             parts.append(gradient / point.alpha)
-        weight = self.terms.sim_weight(sigma, point.timestep) * point.sigma
+        weight = self.terms.sim_weight(sigma, excess, point.timestep) * point.sigma
         return weight[:, None, None, None] * torch.cat(parts)
 
 
@@ -194,7 +197,7 @@ class AMG:
         preset: of configs/mitigations/amg.yaml.
         guidances: any of spe, dup and sim, joined by +.
         every: steps until a row whose gate is closed looks again.
-        gate_start, gate_end, gate_decay, c1, c2, c3: instead of the preset's.
+        gate_start, gate_end, gate_decay, c1, c2, c3, sim_rate: instead of the preset's.
     """
 
     strength: float = 1.0
@@ -208,6 +211,7 @@ class AMG:
     c1: float | None = None
     c2: float | None = None
     c3: float | None = None
+    sim_rate: float | None = None
 
     name: ClassVar[str] = "amg"
     strengths: ClassVar[tuple[float, ...]] = (0.8, 0.9, 1.0, 1.15, 1.3)
@@ -218,7 +222,7 @@ class AMG:
 
     def terms(self, measure: str) -> Terms:
         """The constants for an index of this measure."""
-        names = [f.name for f in fields(self) if f.name.startswith(("gate_", "c"))]
+        names = [f.name for f in fields(self) if f.name.startswith(("gate_", "c", "sim_"))]
         return find_terms(self.preset, measure, self.strength, **{name: getattr(self, name) for name in names})
 
     def nearest(self) -> Nearest:

@@ -66,7 +66,7 @@ class Study:
         images = calibration.holds_for["num_images"]
         noise, size = pipe.pure_noise(images, args.seed), max(1, batch_size // images)
         self.judge, self.parts, self.cases = judge, [], []
-        self.mitigation_settings = {"amg": {"index": str(own_index(subject.spec))}}
+        self.mitigation_settings = {"amg": {**subject.spec.amg, "index": str(own_index(subject.spec))}}
         for start in range(0, len(frame), size):
             part = frame.iloc[start : start + size]
             with torch.no_grad():
