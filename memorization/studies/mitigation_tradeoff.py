@@ -7,6 +7,7 @@ Intervals resample families. A killed study goes on where it stopped, and other 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def distance_moved(outcome: Outcome) -> list[float]:
 
 def run(study: Study, todo: list[Plan], store: ResultStore) -> None:
     """All plans on all cases, but for what the store has already."""
-    have = {(row["method"], row["strength"], row["prompt"]) for row in read_lines(store.scores)[0]}
+    have = {(*(row[key] for key in todo[0]._fields), row["prompt"]) for row in read_lines(store.scores)[0]}
     pieces = [
         (plan, number) for plan in todo for number, part in enumerate(study.parts)
         if not all((*plan, prompt) in have for prompt in part["prompt"])
@@ -120,28 +121,27 @@ def resampled_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
     return float(values.mean()), *(float(q) for q in np.percentile(means, [2.5, 97.5]))
 
 
-def table_of(rows: pd.DataFrame, copy: float, resamples: int) -> pd.DataFrame:
+def table_of(rows: pd.DataFrame, fields: Sequence[str], copy: float, resamples: int) -> pd.DataFrame:
     """A row a plan, ``none`` first.
 
     Args:
+        fields: what tells plans apart.
         copy: normalised l2 below which a picture is a copy of the training picture.
     """
-    plain = rows[rows["method"] == rows["method"].iloc[0]]
-    plain = plain[plain["strength"] == plain["strength"].iloc[0]]
-    found = [_row("none", "", plain, "before", copy, resamples)]
-    for (method, strength), group in rows.groupby(["method", "strength"], sort=False):
-        found.append(_row(method, strength, group, "after", copy, resamples))
-    return pd.DataFrame(found)
+    groups = list(rows.groupby(list(fields), sort=False))
+    found = [{fields[0]: "none", **_row(groups[0][1], "before", copy, resamples)}]
+    for values, group in groups:
+        found.append({**dict(zip(fields, values, strict=True)), **_row(group, "after", copy, resamples)})
+    return pd.DataFrame(found)[[*fields, *(key for key in found[1] if key not in fields)]]
 
 
-def _row(method: str, strength, rows: pd.DataFrame, when: str, copy: float, resamples: int) -> dict:
+def _row(rows: pd.DataFrame, when: str, copy: float, resamples: int) -> dict:
     memorized, ordinary = rows[rows["label"] == 1], rows[rows["label"] == 0]
     weights = family_resamples(memorized["family"].to_numpy(), resamples)
     nl2, clip = (np.array(memorized[f"{key}_{when}"].tolist()) for key in ("nl2", "clip"))
     copies = resampled_mean((nl2 < copy).mean(1), weights)
     alignment = resampled_mean(clip.mean(1), weights)
     row = {
-        "method": method, "strength": strength,
         "copies": copies[0], "copies low": copies[1], "copies high": copies[2],
         "clip": alignment[0], "clip low": alignment[1], "clip high": alignment[2],
         "nl2 < 1.4": (nl2 < 1.4).mean(), "nl2 5%": np.quantile(nl2, 0.05), "nl2 lowest": nl2.min(),
@@ -153,9 +153,29 @@ def _row(method: str, strength, rows: pd.DataFrame, when: str, copy: float, resa
         change = np.array(ordinary["clip_after"].tolist()) - np.array(ordinary["clip_before"].tolist())
         row |= {"ordinary: clip change": change.mean(), "ordinary: picture change": ordinary["moved"].mean(),
                 "score": memorized["score_after"].mean() if "score_after" in memorized else np.nan,
-                "seconds": memorized["seconds"].mean(),
-                "seconds to generate": memorized["seconds_generation"].mean()}  # fmt: skip
+                "seconds": memorized["seconds"].median(),
+                "seconds to generate": memorized["seconds_generation"].median()}  # fmt: skip
     return row
+
+
+def at_equal_alignment(table: pd.DataFrame, kept: float = 0.9) -> pd.DataFrame:
+    """Share of copies of every method where its curve keeps a share ``kept`` of the text alignment, best first.
+
+    The curve starts without mitigation and goes through the strengths from mild to strong; between them it is linear.
+    NaN where even the strongest keeps more.
+    """
+    none = table.iloc[0]
+    wanted, found, column = kept * none["clip"], [], f"copies at {kept:.0%} of the alignment"
+    for method, group in table.iloc[1:].groupby("method", sort=False):
+        clip = [none["clip"], *group["clip"]]
+        copies = [none["copies"], *group["copies"]]
+        place = next((i for i, value in enumerate(clip) if value < wanted), None)
+        share = np.nan
+        if place is not None:
+            part = (clip[place - 1] - wanted) / (clip[place - 1] - clip[place])
+            share = copies[place - 1] + part * (copies[place] - copies[place - 1])
+        found.append({"method": method, column: share})
+    return pd.DataFrame(found).sort_values(column, na_position="last")
 
 
 def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
@@ -214,8 +234,9 @@ def main() -> None:
     with ResultStore(subject.out, settings, {}) as store:
         run(Study(subject, frame, judge, calibration, args), todo, store)
     rows = pd.DataFrame(read_lines(subject.out / "scores.jsonl")[0])
-    table = table_of(rows, spec.copy_limits["nl2"], args.resamples)
+    table = table_of(rows, Plan._fields, spec.copy_limits["nl2"], args.resamples)
     print(markdown(table.round(3).astype(object).fillna("")))
+    print(markdown(at_equal_alignment(table).round(3).astype(object).fillna("")))
     write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
     title = f"{spec.name}: {args.memorized} memorized prompts, {settings['num_images']} noises each"
     draw(table, subject.out / "tradeoff.png", title)

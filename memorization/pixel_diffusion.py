@@ -1,0 +1,89 @@
+"""Pixel-space diffusion models (DDPMs), unconditional and class-conditional: loading and sampling, with AMG.
+
+Any checkpoint in diffusers' DDPM format, in safetensors: the shipped ones (testbed/models/pixel-uncond, pixel-class),
+or google/ddpm-cifar10-32 from the hub. Of AMG only the dissimilarity guidance acts here: without a prompt there is no
+guidance vector to take back and no caption to steer from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from local_sd_pipeline import NoisePrediction
+from memorization.errors import InputError
+from memorization.mitigations.amg import AMG, AntiMemorization
+
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+def load_pixel_model(identifier: str, device: torch.device | str = "cpu") -> DDPMPipeline:
+    """A DDPM, float32, its weights frozen.
+
+    Raises:
+        InputError: it cannot be loaded, or predicts something else than epsilon.
+    """
+    try:
+        pipe = DDPMPipeline.from_pretrained(
+            identifier, dtype=torch.float32, use_safetensors=True, local_files_only=Path(identifier).is_dir()
+        )
+    except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{identifier}: cannot be loaded as a DDPM in safetensors ({reason})") from None
+    if pipe.scheduler.config.prediction_type != "epsilon":
+        raise InputError(f"{identifier}: predicts {pipe.scheduler.config.prediction_type}, not epsilon")
+    pipe.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return pipe
+
+
+def amg_guide(amg: AMG) -> AntiMemorization:
+    """A fresh guide of dissimilarity for one batch of pictures."""
+    nearest = amg.nearest()
+    return AntiMemorization(
+        nearest, amg.terms(nearest.measure), frozenset({"sim"}), 1.0, int(amg.every), lambda x: x.clamp(-1, 1)
+    )
+
+
+@torch.no_grad()
+def sample_pixels(
+    pipe: DDPMPipeline,
+    count: int,
+    *,
+    labels: Tensor | None = None,
+    sampler: str = "ddim",
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 32,
+    guide_of: Callable[[], AntiMemorization] | None = None,
+    name: str = "sample",
+) -> Tensor:
+    """``count`` pictures ``(count, c, h, w)`` in [-1, 1], on the CPU. Picture i depends on ``seed`` and i alone.
+
+    Args:
+        labels: class of every picture, ``(count,)``, for a class-conditional model.
+        sampler: ``ddim`` (eta 0) or ``ddpm``.
+        guide_of: makes a fresh guide for every batch.
+    """
+    unet, device = pipe.unet, pipe.unet.device
+    size = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    pictures = []
+    for rows in tqdm(torch.arange(count).split(batch_size), desc=name, unit="batch"):
+        scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        generators = [torch.Generator().manual_seed((seed << 32) + i) for i in rows.tolist()]
+        x = torch.cat([torch.randn(1, *size, generator=generator) for generator in generators]).to(device)
+        classes = None if labels is None else labels[rows].to(device)
+        guide = guide_of() if guide_of else None
+        for index, t in enumerate(scheduler.timesteps.tolist()):
+            eps = unet(x, t, classes).sample
+            if guide:
+                alpha_bar = scheduler.alphas_cumprod[t].item()
+                eps = guide(index, NoisePrediction(t, x, eps, eps, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, "epsilon"))
+            x = scheduler.step(eps, t, x, generator=generators).prev_sample
+        pictures.append(x.clamp(-1, 1).cpu())
+    return torch.cat(pictures)

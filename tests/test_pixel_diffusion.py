@@ -1,0 +1,58 @@
+"""Sampling in pixel space: no batch matters, a closed gate changes nothing, an open one keeps away from the index."""
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from memorization.errors import InputError
+from memorization.index import build
+from memorization.mitigations.amg import AMG
+from memorization.pictures import to_bytes
+from memorization.pixel_diffusion import amg_guide, load_pixel_model, sample_pixels
+from memorization.similarity.pixel import l2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, num_class_embeds=3,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return load_pixel_model(str(folder))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_picture_depends_on_its_number_alone(model, sampler):
+    options = {"labels": torch.tensor([0, 1, 2, 0, 1]), "sampler": sampler, "steps": 5}
+    whole = sample_pixels(model, 5, **options)
+    assert whole.shape == (5, 3, 8, 8) and whole.abs().max() <= 1
+    assert torch.allclose(sample_pixels(model, 5, batch_size=2, **options), whole, atol=1e-5)
+    other = sample_pixels(model, 5, **{**options, "labels": torch.tensor([1, 1, 2, 0, 1])})
+    assert not torch.equal(other[0], whole[0]) and torch.allclose(other[1:], whole[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_amg_in_pixel_space(model, sampler, tmp_path):
+    options = {"labels": torch.zeros(3, dtype=torch.long), "sampler": sampler, "steps": 10}
+    plain = sample_pixels(model, 3, **options)
+    noise = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (tmp_path / "training").mkdir()
+    for i, picture in enumerate(to_bytes(torch.cat([plain[:2], noise]))):  # the first two pictures are "memorized"
+        Image.fromarray(picture).save(tmp_path / "training" / f"{i:02d}.png")
+    build(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
+    amg = AMG(index=str(tmp_path / "index"), gate_start=1.0, gate_end=1.0, c3=5.0, every=1)
+    guided = sample_pixels(model, 3, guide_of=lambda: amg_guide(amg), **options)
+    moved = (guided - plain).square().mean((1, 2, 3)).sqrt()
+    assert (moved[:2] > 0.02).all() and torch.equal(guided[2], plain[2])
+    assert (l2(guided[:2], plain[:2]).diagonal() > 0.01).all()
+    closed = AMG(index=str(tmp_path / "index"), strength=1e-6)
+    assert torch.equal(sample_pixels(model, 3, guide_of=lambda: amg_guide(closed), **options), plain)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded as a DDPM"):
+        load_pixel_model(str(tmp_path))
