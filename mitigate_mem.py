@@ -49,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=50, help="of a generation (default: %(default)s)")
     add("--guidance-scale", type=float, metavar="S", help="default: the model's config, else 7.5")
     add("--clip", metavar="FOLDER|HUB_ID|none", help="judges text alignment (default: the model's config)")
+    add("--sscd", default="official-288", metavar="PRESET",
+        help="how SSCD is given pictures: official-288, official-320, wen-224 or amg-224 (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by hardware")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--batch-size", type=int, metavar="N", help="rows to a UNet call, halved on out of memory (default: by device)")
@@ -248,7 +250,7 @@ def main() -> None:
     if frame.empty:
         print("no prompt scores at or above the threshold: nothing to mitigate")
         return
-    judge = make_judge(pipe, known, spec.clip if args.clip is None else args.clip)
+    judge = make_judge(pipe, known, spec.clip if args.clip is None else args.clip, args.sscd)
     settings = {
         "model": args.model, "revision": revision_of(pipe), "method": args.method, **vars(mitigation),
         "level": level, "threshold": threshold,

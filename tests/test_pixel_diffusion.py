@@ -1,5 +1,7 @@
 """Sampling in pixel space: no batch matters, a closed gate changes nothing, an open one keeps away from the index."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -11,6 +13,7 @@ from memorization.mitigations.amg import AMG
 from memorization.pictures import to_bytes
 from memorization.pixel_diffusion import amg_guide, load_pixel_model, sample_pixels
 from memorization.similarity.pixel import l2
+from memorization.studies import amg_pixel
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,32 @@ def test_amg_in_pixel_space(model, sampler, tmp_path):
     assert (l2(guided[:2], plain[:2]).diagonal() > 0.01).all()
     closed = AMG(index=str(tmp_path / "index"), strength=1e-6)
     assert torch.equal(sample_pixels(model, 3, guide_of=lambda: amg_guide(closed), **options), plain)
+
+
+def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "training").mkdir()
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "training" / f"{i:02d}.png")
+    rows = [{"file_name": f"{i:02d}.png", "prompt": f"class {i % 3}"} for i in range(60)]
+    pd.DataFrame(rows).to_json(tmp_path / "training" / "metadata.jsonl", orient="records", lines=True)
+    build(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
+    out = tmp_path / "out"
+    command = ("--model", model.config["_name_or_path"], "--index", tmp_path / "index", "--count", 12, "--steps", 3,
+               "--preset", "paper-main", "--out", out)  # fmt: skip
+    run_script(amg_pixel, *command)
+    table = pd.read_csv(out / "table.csv").set_index("guidance")
+    assert list(table.index) == list(amg_pixel.variants("nl2")) and (out / "sheet.png").stat().st_size > 1000
+    assert (out / "no-gate.png").read_bytes() != (out / "none.png").read_bytes()
+    assert table.loc["none", "nl2 5%"] >= table.loc["none", "nl2 lowest"] > 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    (out / "strong.png").unlink()  # as if it had been killed there
+    run_script(amg_pixel, *command)
+    assert {path.name: path.read_bytes() for path in out.glob("*.png") if path.name != "sheet.png"} == {
+        name: content for name, content in before.items() if name != "sheet.png"
+    }
+    with pytest.raises(InputError, match="pictures of other settings"):
+        run_script(amg_pixel, *command, "--seed", 1)
 
 
 def test_what_is_no_model_is_refused(tmp_path):

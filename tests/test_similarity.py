@@ -1,16 +1,19 @@
 """Nearness of pictures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
 
 from memorization.errors import InputError
+from memorization.pictures import read_picture
 from memorization.prompts import read_prompts
-from memorization.similarity import sscd
+from memorization.similarity import frechet, sscd
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
-from memorization.similarity.judge import Judge, read_picture
+from memorization.similarity.judge import Judge
 from memorization.similarity.pixel import l2, normalized_l2
 
 ROOT = GOLDEN.parent.parent
@@ -37,6 +40,24 @@ def test_sscd_says_how_to_get_its_weights(monkeypatch):
     monkeypatch.setenv("SSCD_ONNX", "/nowhere.onnx")
     with pytest.raises(InputError, match="onnxruntime"):
         sscd.SSCD()
+
+
+def test_sscd_presets_prepare_pictures_their_way():
+    picture = np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8)
+    shapes = {name: sscd.prepare(picture, preset).shape[:2] for name, preset in sscd.PRESETS.items()}
+    assert shapes == {
+        "official-288": (288, 576),
+        "official-320": (320, 320),
+        "wen-224": (224, 224),
+        "amg-224": (224, 224),
+    }
+    for name, preset in sscd.PRESETS.items():
+        flat = sscd.prepare(np.full((300, 300, 3), 51, np.uint8), preset)[0, 0] / 255  # .2 everywhere
+        seen = (flat - sscd.IMAGENET_MEAN) / sscd.IMAGENET_STD  # by the graph
+        expected = (0.2 - preset.mean) / preset.std
+        assert np.abs(seen - expected).max() < 0.5 / 255 / 0.224 + 1e-6, name
+    with pytest.raises(InputError, match="no SSCD preset 'mine'"):
+        sscd.SSCD("mine")
 
 
 def test_frechet_distance_of_gaussians():
@@ -68,3 +89,22 @@ def test_judge_measures_against_the_own_training_picture():
     assert judge(pictures, "anything", paths[0])["nl2"][0] == 0 < judge(pictures, "anything", paths[0])["nl2"][1]
     assert judge(pictures, "anything", None) == {}
     assert Judge(paths[:49], (64, 64))(pictures, "anything", paths[0]) == {}  # too few neighbours
+
+
+def test_frechet_distance_of_folders(run_script, tmp_path, capsys):
+    pictures = sorted((ROOT / "testbed" / "pictures").glob("*.png"))
+    for name, chosen in (("left", pictures[:6]), ("right", pictures[6:12])):
+        (tmp_path / name).mkdir()
+        for path in chosen:
+            shutil.copy(path, tmp_path / name)
+    clip = str(ROOT / "testbed" / "models" / "clip")
+    run_script(frechet, tmp_path / "left", tmp_path / "right", "--features", clip)
+    value = float(capsys.readouterr().out.split(": ")[-1])
+    scorer = Clip(clip)
+    left, right = (scorer.pictures(np.stack([read_picture(path, None) for path in part])).numpy()
+                   for part in (pictures[:6], pictures[6:12]))  # fmt: skip
+    assert value == pytest.approx(frechet_distance(left, right), rel=1e-3) and value > 0
+    run_script(frechet, tmp_path / "left", tmp_path / "left", "--features", clip)
+    assert float(capsys.readouterr().out.split(": ")[-1]) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(InputError, match="needs the package torch-fidelity"):
+        run_script(frechet, tmp_path / "left", tmp_path / "right", "--features", "inception")

@@ -20,7 +20,7 @@ from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers,
 from memorization.mitigations.rewrite import Rewrite
 from memorization.mitigations.sail import Sail
 
-__all__ = ["MITIGATIONS", "Case", "Guide", "Mitigation", "Remedy", "level_of", "make_mitigation"]
+__all__ = ["AMG", "MITIGATIONS", "Case", "Guide", "Mitigation", "Remedy", "level_of", "make_mitigation"]
 
 
 class Mitigation(Protocol):

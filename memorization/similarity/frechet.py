@@ -1,15 +1,26 @@
-"""Frechet distance between two sets of features: of pictures, by any embedding.
+"""Frechet distance between two folders of pictures: ``python -m memorization.similarity.frechet LEFT RIGHT``
 
     || mu_1 - mu_2 ||^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
 
-FID is this on Inception-v3 features (Heusel et al., NeurIPS 2017). Those weights cannot be had everywhere, so the
-features are the caller's; name them beside a value. Values by different features, or of sets of different size,
-cannot be compared.
+FID is this on Inception-v3 features (Heusel et al., NeurIPS 2017): ``--features inception``, by the optional package
+torch-fidelity, which fetches its own weights and gives KID too. Where they cannot be had, take the features of SSCD or
+of a CLIP checkpoint. Values by different features, or of sets of different size, cannot be compared.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
+from tqdm import tqdm
+
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.images import list_images
+from memorization.pictures import read_picture
+from memorization.similarity.clip import Clip
+from memorization.similarity.sscd import SSCD
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
@@ -26,3 +37,51 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
     root = _root(first)
     cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
     return float(max(0.0, means + np.trace(first) + np.trace(second) - 2 * cross))
+
+
+def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
+    paths = list_images(folder)["image"]
+    return np.concatenate([embed(read_picture(Path(path), None)[None]) for path in tqdm(paths, desc=folder.name)])
+
+
+def inception(left: Path, right: Path) -> dict[str, float]:
+    """FID and KID by torch-fidelity.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError("--features inception needs the package torch-fidelity: pip install torch-fidelity")
+    from torch_fidelity import calculate_metrics
+
+    smaller = min(len(list_images(folder)) for folder in (left, right))
+    return calculate_metrics(
+        input1=str(left), input2=str(right), fid=True, kid=True, kid_subset_size=min(1000, smaller), verbose=False
+    )
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("left", type=Path)
+    parser.add_argument("right", type=Path)
+    parser.add_argument("--features", default="sscd", metavar="sscd|inception|CLIP",
+        help="sscd, inception, or the folder or hub id of a CLIP checkpoint (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args()
+    if min(len(list_images(folder)) for folder in (args.left, args.right)) < 2:
+        raise InputError("both folders need two pictures or more")
+    if args.features == "inception":
+        for name, value in inception(args.left, args.right).items():
+            print(f"{name}: {value:.4g}")
+        return
+    if args.features == "sscd":
+        embed = SSCD()
+    else:
+        clip = Clip(args.features)
+        embed = lambda pictures: clip.pictures(pictures).numpy()  # noqa: E731
+    value = frechet_distance(features_of(args.left, embed), features_of(args.right, embed))
+    print(f"Frechet distance, {args.features}: {value:.4g}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -53,7 +53,7 @@ class Judge:
         self.clip, self.sscd = clip, sscd
         self.description = {
             "clip": clip and clip.name,
-            "sscd": bool(sscd),
+            "sscd": sscd and sscd.name,
             "training": len(set(training)),
         }
         self.place = {path: i for i, path in enumerate(dict.fromkeys(training))}
@@ -81,14 +81,17 @@ class Judge:
         return {name: [round(value, 4) for value in column] for name, column in values.items()}
 
 
-def make_judge(pipe: LocalStableDiffusionPipeline, training: Sequence[Path], clip: str | None) -> Judge:
+def make_judge(
+    pipe: LocalStableDiffusionPipeline, training: Sequence[Path], clip: str | None, sscd: str = "official-288"
+) -> Judge:
     """A judge of a pipeline's pictures, with SSCD where its weights are there.
 
     Args:
         clip: folder or hub id; None or ``none`` for no text alignment.
+        sscd: preset.
     """
     side = pipe.unet.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
     size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
     scorer = Clip(clip, pipe.device) if clip and clip != "none" else None
-    return Judge(training, size, scorer, SSCD() if find_weights() else None)
+    return Judge(training, size, scorer, SSCD(sscd) if find_weights() else None)
