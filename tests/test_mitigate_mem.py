@@ -14,7 +14,7 @@ import mitigate_mem
 from memorization.errors import InputError
 from memorization.prompts import read_prompts
 from memorization.similarity import judge
-from memorization.studies import mitigation_tradeoff
+from memorization.studies import amg, mitigation_tradeoff
 
 ROOT = GOLDEN.parent.parent
 
@@ -136,7 +136,7 @@ def test_nothing_above_the_threshold(run_script, fast, prompts, tmp_path, capsys
 
 def test_comparison(run_script, tmp_path, capsys):
     out = tmp_path / "study"
-    common = ("--model", "testbed-eps", "--memorized", 2, "--ordinary", 2, "--steps", 3, "--methods", "gni",
+    common = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--methods", "gni",
               "--resamples", 100, "--out", out)  # fmt: skip
     run_script(mitigation_tradeoff, *common)
     table = pd.read_csv(out / "table.csv")
@@ -148,4 +148,33 @@ def test_comparison(run_script, tmp_path, capsys):
     before = scores.read_bytes()
     scores.write_bytes(before[: len(before) // 2])
     run_script(mitigation_tradeoff, *common)
-    assert len(scores.read_text().splitlines()) == 5 * 4 and (out / "tradeoff.png").exists()
+    assert len(scores.read_text().splitlines()) == 5 * 2 and (out / "tradeoff.png").exists()
+
+
+def test_equal_alignment_is_read_off_the_curve():
+    table = pd.DataFrame({
+        "method": ["none", "mild", "mild", "harsh", "harsh", "weak"],
+        "clip": [1.0, 0.95, 0.85, 0.8, 0.5, 0.95], "copies": [1.0, 0.6, 0.2, 0.5, 0.0, 0.9],
+    })  # fmt: skip
+    found = mitigation_tradeoff.at_equal_alignment(table, 0.9).set_index("method").iloc[:, 0]
+    assert found.index.tolist() == ["mild", "harsh", "weak"]
+    assert found["mild"] == pytest.approx(0.4) and found["harsh"] == pytest.approx(0.75) and np.isnan(found["weak"])
+
+
+def test_amg_taken_apart(run_script, tmp_path, monkeypatch):
+    out = tmp_path / "study"
+    monkeypatch.setattr(amg, "VARIANTS", amg.VARIANTS[5:8])
+    run_script(amg, "--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--resamples", 50,
+               "--out", out)  # fmt: skip
+    table = pd.read_csv(out / "table.csv")
+    assert table["guidances"].tolist() == ["none", *(variant.guidances for variant in amg.VARIANTS)]
+    plain, full = table.iloc[0], table.iloc[2]
+    assert full["nl2 lowest"] > plain["nl2 lowest"]
+    assert (out / "trajectory.png").stat().st_size > 1000
+
+
+def test_mitigation_by_amg_makes_its_own_index(run_script, fast, prompts, tmp_path):
+    out = tmp_path / "out"
+    run_script(mitigate_mem, *fast, "--prompts", prompts, "--method", "amg", "--limit", 1, "--out", out)
+    (row,) = lines(out)
+    assert np.mean(row["nl2_after"]) > np.mean(row["nl2_before"]) and "score_after" not in row

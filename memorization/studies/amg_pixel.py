@@ -30,20 +30,13 @@ from memorization.results import read_json, write_atomically
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
 from memorization.similarity.nearest import Nearest
+from memorization.studies.amg import gates
 from memorization.tables import markdown
-
-ALWAYS = {"nl2": 3.0, "cosine": 1e-6}  # a gate that every picture is nearer than
 
 
 def variants(measure: str) -> dict[str, dict | None]:
     """Settings of AMG by the name of a row; None for plain sampling."""
-    return {
-        "none": None,
-        "main": {},
-        "strong": {"strength": 1.13},
-        "constant gate": {"gate_decay": 1e-12},  # at its end at every step
-        "no gate": {"gate_start": ALWAYS[measure], "gate_end": ALWAYS[measure]},
-    }
+    return {"none": None, "main": {}, "strong": {"strength": 1.13}, **gates(measure)}
 
 
 def labels_of(index: Index, count: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ Intervals resample families. A killed study goes on where it stopped, and other 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -202,21 +203,15 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    parser.set_defaults(split="test")
-    add = parser.add_argument
-    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
-    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
-    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
-    add("--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)")
-    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
-    args = parser.parse_args()
+def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, float]:
+    """(study, what its rows depend on, its folder, normalised l2 below which a picture is a copy).
+
+    Raises:
+        InputError: the flags make no sense, or the model's config lacks what is needed.
+    """
     if min(args.memorized, args.ordinary) < 1 or not 3 <= args.steps <= 500:
-        parser.error("--memorized and --ordinary are at least 1, --steps from 3 to 500")
-    todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
-    subject = open_subject(args, "mitigation_tradeoff", images=True)
+        raise InputError("--memorized and --ordinary are at least 1, --steps from 3 to 500")
+    subject = open_subject(args, name, images=True)
     spec = subject.spec
     if not (spec.calibration and spec.clip and "nl2" in spec.copy_limits and "image" in subject.frame):
         raise InputError(f"{spec.name}: needs a calibration, clip and copy_limits in its config, and training pictures")
@@ -231,16 +226,32 @@ def main() -> None:
         "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
         "levels": calibration.levels, "judge": judge.description,
     }  # fmt: skip
-    with ResultStore(subject.out, settings, {}) as store:
-        run(Study(subject, frame, judge, calibration, args), todo, store)
-    rows = pd.DataFrame(read_lines(subject.out / "scores.jsonl")[0])
-    table = table_of(rows, Plan._fields, spec.copy_limits["nl2"], args.resamples)
+    return Study(subject, frame, judge, calibration, args), settings, subject.out, spec.copy_limits["nl2"]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.set_defaults(split="test")
+    add = parser.add_argument
+    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
+    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
+    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
+    add("--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    args = parser.parse_args()
+    todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
+    study, settings, out, copy = make_study(args, "mitigation_tradeoff")
+    with ResultStore(out, settings, {}) as store:
+        run(study, todo, store)
+    rows = pd.DataFrame(read_lines(out / "scores.jsonl")[0])
+    table = table_of(rows, Plan._fields, copy, args.resamples)
     print(markdown(table.round(3).astype(object).fillna("")))
     print(markdown(at_equal_alignment(table).round(3).astype(object).fillna("")))
-    write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
-    title = f"{spec.name}: {args.memorized} memorized prompts, {settings['num_images']} noises each"
-    draw(table, subject.out / "tradeoff.png", title)
-    print(f"{subject.out}/table.csv, tradeoff.png")
+    write_atomically(out / "table.csv", table.round(4).to_csv(index=False))
+    title = f"{args.model}: {args.memorized} memorized prompts, {settings['num_images']} noises each"
+    draw(table, out / "tradeoff.png", title)
+    print(f"{out}/table.csv, tradeoff.png")
 
 
 if __name__ == "__main__":
