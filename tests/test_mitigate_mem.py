@@ -164,7 +164,7 @@ def test_equal_alignment_is_read_off_the_curve():
 def test_amg_taken_apart(run_script, tmp_path, monkeypatch):
     out = tmp_path / "study"
     monkeypatch.setattr(amg, "VARIANTS", amg.VARIANTS[5:8])
-    run_script(amg, "--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--resamples", 50,
+    run_script(amg, "--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 5, "--resamples", 50,
                "--out", out)  # fmt: skip
     table = pd.read_csv(out / "table.csv")
     assert table["guidances"].tolist() == ["none", *(variant.guidances for variant in amg.VARIANTS)]
