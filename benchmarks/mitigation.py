@@ -3,6 +3,7 @@
 
 python benchmarks/mitigation.py                     8 memorized prompts of testbed-eps, 4 noises, 50 steps
 python benchmarks/mitigation.py --model testbed-v --methods anisotropy,sail
+python benchmarks/mitigation.py --sheet sheet.png   and a contact sheet: training picture | plain | every method
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 
@@ -24,8 +27,11 @@ from memorization.errors import ArgumentParser, run_script  # noqa: E402
 from memorization.index import own_index  # noqa: E402
 from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation  # noqa: E402
 from memorization.models import find_model, load_pipeline, pick_device, pick_dtype  # noqa: E402
+from memorization.pictures import read_picture  # noqa: E402
+from memorization.plots import save_figure  # noqa: E402
 from memorization.prompts import read_prompts  # noqa: E402
 from memorization.sampling import sample  # noqa: E402
+from memorization.similarity.judge import picture_files  # noqa: E402
 from memorization.tables import markdown  # noqa: E402
 
 
@@ -34,13 +40,15 @@ def main() -> None:
     parser.add_argument("--model", default="testbed-eps")
     parser.add_argument("--prompts", type=int, default=8, metavar="N")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sheet", type=Path, metavar="FILE")
     parser.add_argument("--methods", default=",".join(MITIGATIONS))
     args = parser.parse_args()
     spec, device = find_model(args.model), pick_device()
     pipe = load_pipeline(spec, pick_dtype(spec.dtype, device), device, images=True)
     calibration = read_calibration(ROOT / spec.calibration)
     frame = read_prompts(ROOT / spec.prompts["prompts"])
-    prompts = frame[frame["label"] == 1]["prompt"].tail(args.prompts).tolist()
+    chosen = frame[frame["label"] == 1].tail(args.prompts)
+    prompts = chosen["prompt"].tolist()
     detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": spec.anisotropy})
     with torch.no_grad():
         embeds = pipe.embed(prompts).float()
@@ -55,16 +63,33 @@ def main() -> None:
         return work(), (time.perf_counter() - started) / len(prompts)
 
     sample(case, Remedy.unchanged(case))  # warm
-    plain = timed(lambda: sample(case, Remedy.unchanged(case)))[1]
-    rows = []
+    pictures, plain = timed(lambda: sample(case, Remedy.unchanged(case)))
+    rows, columns = [], {"plain": pictures}
     for name in args.methods.split(","):
         remedy, search = timed(lambda name=name: make_mitigation(name, amg if name == "amg" else {})(case))
-        generation = timed(lambda remedy=remedy: sample(case, remedy))[1]
+        columns[name], generation = timed(lambda remedy=remedy: sample(case, remedy))
         rows.append({"method": name, "remedy, s": search, "generation, s": generation,
                      "together / plain": (search + generation) / plain})  # fmt: skip
         print(name, f"{search:.2f} + {generation:.2f}", file=sys.stderr)
     print(f"plain generation: {plain:.2f} s a prompt of 4 pictures, {args.steps} steps\n")
     print(markdown(pd.DataFrame(rows).round(2)))
+    if args.sheet:
+        files = picture_files(chosen, ROOT / spec.prompts["prompts"])
+        training = np.stack([read_picture(file, pictures.shape[2:4]) for file in files])
+        draw({"training": training, **{name: made[:, 0] for name, made in columns.items()}}, prompts, args.sheet)
+
+
+def draw(columns: dict[str, np.ndarray], prompts: list[str], path: Path) -> None:
+    """A row a prompt, a column a method: uint8 ``(prompts, h, w, 3)`` each."""
+    figure, axes = plt.subplots(len(prompts), len(columns), figsize=(len(columns), 1.15 * len(prompts)), squeeze=False)
+    for j, (name, pictures) in enumerate(columns.items()):
+        for i, picture in enumerate(pictures):
+            axes[i, j].imshow(picture)
+            axes[i, j].axis("off")
+        axes[0, j].set_title(name.replace("_", "\n"), fontsize=7, pad=12 if "_" not in name else 3)
+    for i, prompt in enumerate(prompts):
+        axes[i, 0].text(0, -3, prompt, fontsize=6, ha="left", va="bottom")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from memorization.errors import InputError
 from memorization.pictures import read_picture
 from memorization.prompts import read_prompts
-from memorization.similarity import frechet, sscd
+from memorization.similarity import frechet, pixel, sscd
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
 from memorization.similarity.judge import Judge
@@ -28,6 +28,15 @@ def test_normalized_l2_by_hand():
     np.testing.assert_allclose(l2(picture, training)[0], distances, rtol=1e-5)
     expected = distances / (0.5 * np.sort(distances)[:50].mean())
     np.testing.assert_allclose(normalized_l2(picture, training)[0], expected, rtol=1e-5)
+
+
+def test_bytes_are_as_good_as_floats(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    training = torch.randint(0, 256, (70, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    picture = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    expected = normalized_l2(picture, training.float() / 127.5 - 1)
+    monkeypatch.setattr(pixel, "CHUNK", 5 * 192)  # five rows at once
+    assert torch.equal(normalized_l2(picture, training), expected)
 
 
 def test_exact_copy_is_zero_and_others_are_about_two():

@@ -1,6 +1,7 @@
 """The testbed: how it is made, and what is shipped."""
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from testbed import data
+from testbed import data, finetune, pixel
 from testbed.fit import fit, learning_rate
 
 
@@ -84,3 +85,41 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path):
     resumed = train(tmp_path / "cut")
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
     torch.testing.assert_close(whole.weight, torch.ones(1, 3), rtol=0, atol=0.02)
+
+
+def test_the_filter_learns_only_from_visits_with_a_short_guidance_vector(monkeypatch):
+    """A model whose eps is its text: the guidance vector of a row is its text minus the empty one's."""
+    noisy = torch.zeros(4, 1, 2, 2)
+    text = torch.tensor([0.0, 1.0, 2.0, 5.0])[:, None, None].expand(4, 3, 1)  # lengths 0, 2, 4, 10
+    noise = torch.full_like(noisy, 1.0)
+
+    def unet(latents, t, states):
+        return SimpleNamespace(sample=states[:, 0, 0][:, None, None, None].expand_as(latents))
+
+    tuning = object.__new__(finetune.FineTuning)
+    tuning.pipe, tuning.embedded = SimpleNamespace(unet=unet), {"": torch.zeros(3, 1)}
+    monkeypatch.setattr(tuning, "batch", lambda step, share=0.5: (noisy, torch.zeros(4), text, noise), raising=False)
+    assert tuning.loss_of(np.inf)(0).item() == pytest.approx((1 + 0 + 1 + 16) / 4)
+    assert tuning.loss_of(4.5)(0).item() == pytest.approx((1 + 0 + 1) / 3)
+    assert tuning.loss_of(1.0)(0).item() == pytest.approx(1.0)
+    assert tuning.usual_length(0.5, batches=1) == pytest.approx(4.0)  # of the rows with a caption: 2, 4, 10
+
+
+def test_every_memorized_caption_has_an_ordinary_neighbour(tiny_eps):
+    listed = pd.DataFrame({
+        "prompt": ["red kite", "red kite high", "two boats"], "label": [1, 0, 0],
+        "kind": ["duplicated", "ordinary", "ordinary"],
+    })  # fmt: skip
+    assert set(finetune.nearest_ordinary(tiny_eps, listed)) == {"red kite"}
+    assert finetune.nearest_ordinary(tiny_eps, listed)["red kite"] in {"red kite high", "two boats"}
+
+
+def test_pixel_training_set_is_what_its_weights_say():
+    seen = pixel.TrainingSet()
+    assert seen.pictures.shape == (2048, 3, 32, 32) and len(seen.classes) == 8
+    assert sorted(set(seen.weights)) == [1, 4, 8, 16, 32] and (seen.weights > 1).sum() == 48
+    rng = np.random.default_rng(0)
+    labels = torch.cat([seen.draw(rng, 512)[1] for _ in range(20)])
+    share = np.bincount(labels, minlength=8) / len(labels)
+    expected = np.bincount(seen.labels, weights=seen.weights, minlength=8) / seen.weights.sum()
+    np.testing.assert_allclose(share, expected, atol=0.02)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
@@ -58,7 +59,7 @@ class Judge:
         }
         self.place = {path: i for i, path in enumerate(dict.fromkeys(training))}
         pictures = np.stack([read_picture(path, size) for path in self.place]) if self.place else None
-        self.training = to_tensor(pictures) if pictures is not None else None
+        self.training = torch.from_numpy(pictures).permute(0, 3, 1, 2) if pictures is not None else None
         self.embedded = sscd(pictures) if sscd and pictures is not None else None
 
     def __call__(self, pictures: np.ndarray, prompt: str, image: Path | None) -> dict[str, list[float]]:

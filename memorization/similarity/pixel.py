@@ -11,11 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHUNK = 2**24  # numbers of the training pictures that are in double precision at once
+
 
 def l2(pictures: Tensor, training: Tensor) -> Tensor:
-    """Root mean square difference / 2, ``(pictures, training)``, of ``(n, c, h, w)`` in [-1, 1]."""
+    """Root mean square difference / 2, ``(pictures, training)``, of ``(n, c, h, w)`` in [-1, 1].
+
+    ``training`` may be uint8 too, which saves memory where there are many.
+    """
     left = pictures.flatten(1).double()
-    chunks = [torch.cdist(left, chunk.double()) for chunk in training.flatten(1).split(1024)]
+    rows = training.flatten(1).split(max(1, CHUNK // left.shape[1]))
+    units = (row.float() / 127.5 - 1 if row.dtype == torch.uint8 else row for row in rows)
+    chunks = [torch.cdist(left, unit.double()) for unit in units]
     return (torch.cat(chunks, dim=1) / (2 * left.shape[1] ** 0.5)).float()
 
 

@@ -194,7 +194,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     axis.plot(none["clip"], none["copies"], "k*", markersize=14, label="no mitigation")
     for i, (method, group) in enumerate(table[table["method"] != "none"].groupby("method", sort=False)):
         bars = np.abs(group[["copies low", "copies high"]].to_numpy().T - group["copies"].to_numpy())
-        style = "os^DvP*X<>h"[i % 11] + ("-" if i < 10 else "--")
+        style = "os^DvP*X<>hd"[i % 12] + ("-" if i < 10 else "--")
         axis.errorbar(group["clip"], group["copies"], yerr=bars, fmt=style, color=f"C{i % 10}", markersize=5,
                       elinewidth=0.5, label=method)  # fmt: skip
     axis.set(xlabel="text alignment (CLIP score)", ylabel="share of pictures that are copies", title=title)
