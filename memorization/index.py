@@ -3,6 +3,7 @@
   python -m memorization.index build FOLDER --out INDEX                a folder of pictures; metadata.jsonl for captions
   python -m memorization.index build prompts/testbed.csv --out INDEX   a list with columns image and prompt
   python -m memorization.index search INDEX picture.png -k 5
+  python -m memorization.index compress INDEX                          for more than a few 100,000 pictures, by FAISS
 
 Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
 chunks. Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from memorization import approximate
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.images import list_images
 from memorization.models import ROOT, ModelSpec
@@ -48,6 +50,7 @@ class Index:
         size: (height, width) that pictures were brought to, for ``pixels``.
         model: folder or hub id of the CLIP checkpoint, for ``clip``.
         features: memory-mapped, ``(pictures, width)``.
+        candidates: of the approximate search, where the index was compressed.
         paths, captions: of every picture.
 
     Raises:
@@ -65,6 +68,8 @@ class Index:
             raise InputError(f"{folder}: the index holds no picture")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32
+        compressed = folder / approximate.NAME
+        self.candidates = approximate.Candidates(compressed) if compressed.exists() else None
         self.features = np.memmap(folder / "features.bin", dtype, "r").reshape(-1, record["width"])[: len(items)]
 
     def __len__(self) -> int:
@@ -80,25 +85,42 @@ class Index:
         found = torch.from_numpy(np.array(self.features[rows])).float()
         return found / 127.5 - 1 if self.kind == "pixels" else found
 
+    def distance(self, queries: Tensor, vectors: Tensor) -> Tensor:
+        """``(queries, vectors)``: root mean square difference / 2 for pixels, 1 - cosine for unit vectors."""
+        return l2(queries, vectors) if self.kind == "pixels" else 1 - queries @ vectors.T
+
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` nearest of every query ``(n, width)``: distances ``(n, k)``, nearest first, and rows ``(n, k)``.
 
-        Root mean square difference / 2 for pixels, 1 - cosine for unit vectors.
+        Exact; where the index was compressed, a neighbour may be missed, but never its distance wrong.
         """
         k = min(k, len(self))
+        if self.candidates:
+            return self._search_candidates(queries.float().cpu(), k)
         best = torch.full((len(queries), k), torch.inf)
         rows = torch.zeros(len(queries), k, dtype=torch.long)
         queries = queries.float().cpu()
         step = max(1, CHUNK // (4 * self.features.shape[1]))
         for start in range(0, len(self), step):
             chunk = self.vectors(slice(start, start + step))
-            distance = l2(queries, chunk) if self.kind == "pixels" else 1 - queries @ chunk.T
+            distance = self.distance(queries, chunk)
             merged, place = torch.cat([best, distance], 1).topk(k, largest=False)
             number = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
             rows = torch.cat([rows, number], 1).gather(1, place)
             best = merged
         return best, rows
+
+    def _search_candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = []
+        for query, named in zip(queries, self.candidates(queries, 4 * k), strict=True):
+            rows = np.unique(named[named >= 0])
+            if len(rows) < k:  # the lists visited hold too few
+                rows = np.arange(len(self))
+            distance, place = self.distance(query[None], self.vectors(rows))[0].topk(k, largest=False)
+            found.append((distance, torch.from_numpy(rows)[place]))
+        distances, rows = zip(*found, strict=True)
+        return torch.stack(distances), torch.stack(rows)
 
     def multiplicity(self, rows: Tensor) -> list[int]:
         """How often the caption of the first of ``rows (n, k)`` occurs among all of them, a count a query."""
@@ -175,6 +197,7 @@ def build(
     done = _items(folder)
     known = {item["path"] for item in done}
     row = width * (1 if raw else 4)  # bytes
+    (folder / approximate.NAME).unlink(missing_ok=True)  # it would not know what is added
     with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
         try:
             fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,6 +264,10 @@ def main() -> None:
     make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
     make.add_argument("--clip", metavar="FOLDER|HUB_ID", help="the CLIP checkpoint, for clip features")
     make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixel features (default: 64 64)")
+    pack = commands.add_parser("compress", help="for more than a few 100,000 pictures: approximate search by FAISS")
+    pack.add_argument("index", type=Path)
+    pack.add_argument("--lists", type=int, help="of the inverted file (default: 4 sqrt of the pictures)")
+    pack.add_argument("--code", type=int, default=64, help="bytes a picture (default: %(default)s)")
     find = commands.add_parser("search", help="the training pictures nearest to pictures of yours")
     find.add_argument("index", type=Path)
     find.add_argument("pictures", nargs="+")
@@ -256,6 +283,9 @@ def main() -> None:
         print(f"{args.out}: {len(index)} pictures, {index.kind}")
         return
     index = Index(args.index)
+    if args.command == "compress":
+        print(approximate.compress(index, args.index, args.lists, args.code))
+        return
     if args.k < 1:
         parser.error("-k is at least 1")
     pictures = {name: picture for name in args.pictures if (picture := _read(name, Path(), index.size)) is not None}

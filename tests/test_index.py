@@ -92,3 +92,33 @@ def test_commands(run_script, folder, tmp_path, capsys):
         with pytest.raises(InputError, match=message):
             run_script(index, *arguments)
     assert isinstance(Index(tmp_path / "index"), Index)
+
+
+def clustered(count, width=32):
+    """Unit vectors round a hundred centres."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(100, width))[rng.integers(100, size=count)] + 0.3 * rng.normal(size=(count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_approximate_search_finds_nearly_all_and_its_distances_are_exact(run_script, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    vectors = clustered(12_000)
+    vectors.tofile(tmp_path / "features.bin")
+    (tmp_path / "items.jsonl").write_text("".join(f'{{"path": "{i}", "caption": ""}}\n' for i in range(len(vectors))))
+    (tmp_path / "index.json").write_text('{"kind": "sscd", "size": null, "width": 32}')
+    queries = torch.from_numpy(vectors[::600])
+    _, rows = Index(tmp_path).search(queries, 10)
+    run_script(index, "compress", tmp_path, "--lists", 100, "--code", 16)
+    made = Index(tmp_path)
+    approximate, near = made.search(queries, 10)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), near.tolist(), strict=True)])
+    assert made.candidates and recall > 0.9
+    expected = 1 - (queries[:, None] * torch.from_numpy(vectors)[near]).sum(2)
+    assert torch.allclose(approximate, expected, atol=1e-6) and (near[:, 0] == rows[:, 0]).all()
+    for arguments, message in (
+        (("--lists", 5000, "--code", 16), "too few for 5000 lists"),
+        (("--code", 7), "no divisor"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_script(index, "compress", tmp_path, *arguments)
