@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
-from memorization.mitigations.amg import AMG, AntiMemorization
+from memorization.mitigations.amg import AMG
+from memorization.mitigations.amg_guide import AntiMemorization
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 

@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -31,6 +32,8 @@ from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.models import ROOT, ModelSpec, find_model, load_pipeline
+from memorization.pictures import read_picture
+from memorization.plots import save_figure
 from memorization.prompts import read_prompts
 from memorization.similarity.clip import Clip
 from memorization.similarity.judge import Judge
@@ -191,8 +194,8 @@ def train_filtered(work: Path, steps: int, norm: float | None, new: pd.DataFrame
 
 
 # ---------------------------------------------------------------- what came of it
-def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> pd.DataFrame:
-    """Per caption: share of copies among 8 pictures, text alignment, kind.
+def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> tuple[pd.DataFrame, list[np.ndarray]]:
+    """Per caption: share of copies among 8 pictures, text alignment, kind; and the first of the pictures.
 
     Args:
         pictures: of every caption that has a fixed one.
@@ -201,20 +204,36 @@ def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> pd.D
     pipe = load(folder, images=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     judge = Judge([ROOT / image for image in pictures], (64, 64), Clip(spec.clip))
-    found = []
+    found, first = [], []
     for start in tqdm(range(0, len(listed), CAPTIONS_AT_ONCE), desc=f"verify {folder.parent.name}/{folder.name}"):
         batch = listed.iloc[start : start + CAPTIONS_AT_ONCE]
         for row, made in zip(batch.itertuples(), generate(pipe, batch["prompt"].tolist()), strict=True):
             values = judge(made, row.prompt, ROOT / row.image if row.image else None)
             copies = np.mean(np.array(values["nl2"]) < spec.copy_limits["nl2"]) if row.image else np.nan
             found.append({"kind": row.kind, "copies": copies, "clip": np.mean(values["clip"])})
-    return pd.DataFrame(found)
+            first.append(made[0])
+    return pd.DataFrame(found), first
 
 
-def compare(models: dict[str, Path], listed: pd.DataFrame, pictures: list[str]) -> pd.DataFrame:
-    """Means by kind, for every model."""
-    means = [replication(path, listed, pictures).groupby("kind").mean() for path in models.values()]
-    return pd.concat(means, axis=1, keys=list(models)).assign(captions=listed.groupby("kind").size()).round(3)
+def compare(models: dict[str, Path], listed: pd.DataFrame, pictures: list[str], sheet: Path) -> pd.DataFrame:
+    """Means by kind, for every model; ``sheet`` gets a picture of each model for some captions of each kind."""
+    tables, firsts = zip(*(replication(path, listed, pictures) for path in models.values()), strict=True)
+    chosen = listed.reset_index(drop=True).groupby("kind").head(6).sort_values("kind")
+    training = [read_picture(ROOT / image, (64, 64)) if image else np.full((64, 64, 3), 255, np.uint8)
+                for image in chosen["image"]]  # fmt: skip
+    strips = {"training": training}
+    strips |= {name: [first[i] for i in chosen.index] for name, first in zip(models, firsts, strict=True)}
+    figure, axes = plt.subplots(len(strips), 1, figsize=(0.75 * len(chosen), len(strips)))
+    for axis, (name, row) in zip(axes, strips.items(), strict=True):
+        axis.imshow(np.concatenate(row, axis=1))
+        axis.set_title(name, fontsize=8, loc="left", pad=2)
+        axis.axis("off")
+    figure.suptitle(", ".join(f"6 {kind}" for kind in sorted(set(chosen["kind"]))), fontsize=8)
+    save_figure(figure, sheet)
+    means = [table.groupby("kind").mean() for table in tables]
+    table = pd.concat(means, axis=1, keys=list(models)).round(3)
+    table.insert(0, ("", "captions"), listed.groupby("kind").size())
+    return table
 
 
 def main() -> None:
@@ -238,9 +257,10 @@ def main() -> None:
         train_filtered(args.work, args.steps, args.norm, new, captions)
         chosen, pictures = [new, *chosen], pictures + new["image"].tolist()
     models = {"testbed-eps": START, **{name: args.work / name / "model" for name in names}}
-    table = compare(models, pd.concat(chosen), pictures)
+    sheet = args.work / args.method / "sheet.png"
+    table = compare(models, pd.concat(chosen), pictures, sheet)
     table.to_csv(args.work / args.method / "replication.csv")
-    print(table.to_string())
+    print(f"{table.to_string()}\n{sheet}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
 from memorization.index import build
 from memorization.mitigations import Case, Remedy, make_mitigation
-from memorization.mitigations.amg import AMG, AntiMemorization, find_terms
+from memorization.mitigations.amg import AMG
+from memorization.mitigations.amg_guide import AntiMemorization
+from memorization.mitigations.amg_terms import find_terms
 from memorization.sampling import sample
 from memorization.similarity.nearest import Nearest
 from memorization.similarity.pixel import normalized_l2
@@ -100,7 +102,9 @@ def test_scales_leave_at_least_one(preset):
 def test_each_guidance_is_its_formula(nearest):
     clean = pictures()
     point, eps = point_of(clean)
-    terms = replace(find_terms("paper-main", "nl2"), gate_start=9, gate_end=9, c1=1.0, c2=0.5, c3=3.0)  # always open
+    terms = replace(
+        find_terms("paper-main", "nl2"), gate_start=9, gate_end=9, c1=1.0, c2=0.5, c3=3.0, sim_above=None, sim_rate=0.0
+    )  # always open
     rows = nearest.find(clean)
     sigma = nearest.nearness(clean, rows)
     m = sigma + 2
@@ -120,9 +124,21 @@ def test_each_guidance_is_its_formula(nearest):
     }
     for name, change in expected.items():
         found = guide_of(nearest, {name}, terms)(0, point) - eps
+        if name == "dup":  # without despecification it has all the room
+            change = -wide((0.5 * m).clamp(0, 6.5)) * (wide(lengths) - point.uncond)
         assert torch.allclose(found, change, atol=1e-5), name
     together = guide_of(nearest, set(expected), terms)(0, point) - eps
     assert torch.allclose(together, sum(expected.values()), atol=1e-5)
+
+
+def test_dissimilarity_grows_with_the_excess_and_towards_the_last_step():
+    sigma, excess = torch.tensor([0.6, 0.2]), torch.tensor([0.2, -0.2])
+    terms = find_terms("official-code", "cosine")  # 100 (sigma - .3) exp((1000 - t) / 170)
+    assert terms.sim_weight(sigma, excess, 490).tolist() == pytest.approx([30 * np.exp(3), 0], rel=2e-3)
+    terms = find_terms("paper-main", "nl2", c3=2.0, sim_rate=1e-12)
+    assert terms.sim_weight(sigma, excess.abs(), 0).tolist() == pytest.approx([0.4, 0.4])
+    terms = find_terms("paper-main", "cosine", c3=2.0)
+    assert terms.sim_weight(sigma, excess, 300).tolist() == [2.0, 2.0]
 
 
 def test_a_guided_step_lowers_the_nearness_and_a_closed_row_is_left_alone(nearest):

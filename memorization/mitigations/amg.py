@@ -14,172 +14,30 @@ The gradient holds eps_hat constant, so it passes through the decoder alone; its
 Deviations. m is sigma for cosines, but sigma + 2 for nL2, whose sigma is never positive: else s1 and s2 were always 0.
 A row whose gate is closed looks again after ``every`` steps only, a row whose gate is open at every step: the decoder
 and the search are paid where something is near. The published code looks twice a step, but leaves the first 21
-pictures alone. c1 and c2 are those of its Stable Diffusion script, the gates those of its scripts; c3 is ours, since
-its unit depends on the model.
+pictures alone. For nL2, dissimilarity counts the excess over the gate (as the authors' CIFAR-10 code does) and grows
+towards the last step (as their Stable Diffusion code does). The gates are those of their scripts, and c1 and c2 for
+cosines too; c3 is ours, since its unit depends on the model.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import yaml
 from torch import Tensor
 
-from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
 from memorization.index import Index
-from memorization.mitigations.case import Case, Guide, Remedy
-from memorization.models import CONFIGS
+from memorization.mitigations.amg_guide import AntiMemorization
+from memorization.mitigations.amg_terms import Terms, find_terms
+from memorization.mitigations.case import Case, Remedy
 from memorization.sampling import decode_pixels
 from memorization.similarity.nearest import Nearest
 
 GUIDANCES = ("spe", "dup", "sim")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Constants of the three guidances and their gate; configs/mitigations/amg.yaml explains them."""
-
-    gate_start: float
-    gate_end: float
-    gate_decay: float
-    c1: float
-    c2: float
-    c3: float
-    ungated_spe: bool = False
-    relative_dup: bool = False  # c2 counts in units of s0 - s1 - 1
-    min_captions: int = 1
-    sim_above: float | str | None = None  # the weight is c3 times the excess over this, or over the "gate"
-    sim_rate: float = 0.0  # by which its logarithm grows a timestep
-
-    def gate(self, t: float) -> float:
-        """Where the gate stands at timestep ``t``, in the unit of the measure."""
-        return self.gate_start + (self.gate_end - self.gate_start) * math.exp(-self.gate_decay * t)
-
-    def scales(self, m: Tensor, s0: float) -> tuple[Tensor, Tensor]:
-        """(s1, s2) of equations 13 and 15; s1 + s2 <= s0 - 1."""
-        room = max(s0 - 1, 0.0)
-        s1 = (self.c1 * m).clamp(0, room)
-        left = room - s1
-        s2 = self.c2 * m * (left if self.relative_dup else 1)
-        return s1, torch.minimum(s2.clamp_min(0), left)
-
-    def sim_weight(self, sigma: Tensor, excess: Tensor, t: float) -> Tensor:
-        """The factor of s * grad sigma; ``excess``: how far sigma lies above the gate."""
-        factor = torch.ones_like(sigma)
-        if self.sim_above is not None:
-            factor = excess if self.sim_above == "gate" else (sigma - self.sim_above).clamp_min(0)
-        return self.c3 * math.exp(self.sim_rate * (1000 - t)) * factor
-
-
-def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: float) -> Terms:
-    """A preset's constants for a measure (``nl2`` or ``cosine``); its gate is ``strength`` times as far away.
-
-    Raises:
-        InputError: there is none.
-    """
-    presets = yaml.safe_load((CONFIGS / "mitigations" / "amg.yaml").read_text(encoding="utf-8"))
-    if measure not in presets.get(preset, {}):
-        known = ", ".join(name for name, measures in presets.items() if measure in measures)
-        raise InputError(f"amg: no preset {preset!r} for {measure}; there are: {known}")
-    terms = Terms(**presets[preset][measure])
-    terms = replace(terms, **{name: value for name, value in changed.items() if value is not None})
-    factor = strength if measure == "nl2" else 1 / strength
-    return replace(terms, gate_start=terms.gate_start * factor, gate_end=terms.gate_end * factor)
-
-
-class Look(NamedTuple):
-    """What one look at the nearest training pictures said."""
-
-    timestep: int
-    rows: Tensor  # that were looked at
-    sigma: Tensor
-    open: Tensor
-    gate: float
-    s1: Tensor
-    s2: Tensor
-    neighbours: Tensor  # the nearest of each
-
-
-@dataclass
-class AntiMemorization:
-    """The guide of one batch of rows: call it at every step of their generation.
-
-    Args:
-        scale: s0.
-        decode: x0_hat -> pictures ``(n, 3, h, w)`` in [-1, 1], differentiable.
-        caption_eps: (latents, timestep, captions) -> eps under other captions; needed for ``dup`` alone.
-
-    Attributes:
-        looks: what was seen, for pictures and tables.
-    """
-
-    nearest: Nearest
-    terms: Terms
-    guidances: frozenset[str]
-    scale: float
-    every: int
-    decode: Callable[[Tensor], Tensor]
-    caption_eps: Callable[[Tensor, int, list[str]], Tensor] | None = None
-    looks: list[Look] = field(default_factory=list)
-    due: Tensor | None = None  # step of each row's next look
-
-    def __call__(self, step: int, point: NoisePrediction) -> Tensor:
-        eps = point.uncond + self.scale * point.guidance
-        if self.due is None:
-            self.due = torch.zeros(len(eps), dtype=torch.long)
-        rows = (self.due <= step).nonzero()[:, 0].to(eps.device)
-        if len(rows) == 0:
-            return eps
-        x0 = (point.latents[rows] - point.sigma * eps[rows]) / point.alpha
-        with torch.no_grad():
-            pictures = self.decode(x0)
-            neighbours = self.nearest.find(pictures)
-            sigma = self.nearest.nearness(pictures, neighbours)
-        nl2 = self.nearest.measure == "nl2"
-        gate = self.terms.gate(point.timestep)
-        excess = sigma + gate if nl2 else sigma - gate
-        opened = excess > 0
-        self.due[rows.cpu()] = step + torch.where(opened, 1, self.every).cpu()
-        s1, s2 = self.terms.scales(sigma + 2 if nl2 else sigma, self.scale)
-        s1 = s1 * (opened | self.terms.ungated_spe) * ("spe" in self.guidances)
-        s2 = s2 * opened * ("dup" in self.guidances) * self._often(neighbours).to(s2)
-        self.looks.append(Look(point.timestep, rows, sigma, opened, gate, s1, s2, neighbours[:, 0]))
-        change = -s1[:, None, None, None] * point.guidance[rows]
-        if (duplicated := s2 > 0).any():
-            change[duplicated] -= s2[duplicated, None, None, None] * self._dup(point, rows, neighbours, duplicated)
-        if opened.any() and "sim" in self.guidances:
-            change[opened] += self._sim(point, x0[opened], neighbours[opened], sigma[opened], excess[opened])
-        acted = opened | (s1 > 0)
-        eps = eps.clone()  # rows with a closed gate stay as they are, to the bit
-        eps[rows[acted]] += change[acted]
-        return eps
-
-    def _often(self, neighbours: Tensor) -> Tensor:
-        return torch.tensor(self.nearest.index.multiplicity(neighbours)) >= self.terms.min_captions
-
-    def _dup(self, point: NoisePrediction, rows: Tensor, neighbours: Tensor, chosen: Tensor) -> Tensor:
-        """eps(x_t, y_N) - eps_u of the chosen rows."""
-        captions = [self.nearest.index.captions[i] for i in neighbours[chosen.to(neighbours.device), 0].tolist()]
-        places = rows[chosen]
-        return self.caption_eps(point.latents[places], point.timestep, captions) - point.uncond[places]
-
-    def _sim(self, point: NoisePrediction, x0: Tensor, neighbours: Tensor, sigma: Tensor, excess: Tensor) -> Tensor:
-        """Equation 17; d x0_hat / d x_t is 1 / alpha, since eps_hat is held constant."""
-        parts = []
-        for chunk, near in zip(x0.split(8), neighbours.split(8), strict=True):
-            with torch.enable_grad():
-                clean = chunk.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self.nearest.nearness(self.decode(clean), near).sum(), clean)
-            parts.append(gradient / point.alpha)
-        weight = self.terms.sim_weight(sigma, excess, point.timestep) * point.sigma
-        return weight[:, None, None, None] * torch.cat(parts)
 
 
 @cache
@@ -254,6 +112,3 @@ class AMG:
     def __call__(self, case: Case) -> Remedy:
         self.nearest()
         return Remedy.unchanged(case, guide=lambda rows: self.guide(case))
-
-
-__all__ = ["AMG", "AntiMemorization", "Guide", "Look", "Terms", "find_terms"]

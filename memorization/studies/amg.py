@@ -16,7 +16,7 @@ import torch
 
 from memorization.errors import ArgumentParser, run_script
 from memorization.mitigations import AMG, Case
-from memorization.mitigations.amg import AntiMemorization
+from memorization.mitigations.amg_guide import AntiMemorization
 from memorization.plots import save_figure
 from memorization.results import ResultStore, read_lines, write_atomically
 from memorization.studies.labelled import add_arguments

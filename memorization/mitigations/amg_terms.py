@@ -1,0 +1,65 @@
+"""The constants of AMG's guidances and their gate, by preset (configs/mitigations/amg.yaml)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import yaml
+from torch import Tensor
+
+from memorization.errors import InputError
+from memorization.models import CONFIGS
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Constants of the three guidances and their gate; configs/mitigations/amg.yaml explains them."""
+
+    gate_start: float
+    gate_end: float
+    gate_decay: float
+    c1: float
+    c2: float
+    c3: float
+    ungated_spe: bool = False
+    relative_dup: bool = False  # c2 counts in units of s0 - s1 - 1
+    min_captions: int = 1
+    sim_above: float | str | None = None  # the weight is c3 times the excess over this, or over the "gate"
+    sim_rate: float = 0.0  # by which its logarithm grows a timestep
+
+    def gate(self, t: float) -> float:
+        """Where the gate stands at timestep ``t``, in the unit of the measure."""
+        return self.gate_start + (self.gate_end - self.gate_start) * math.exp(-self.gate_decay * t)
+
+    def scales(self, m: Tensor, s0: float, spe: bool = True) -> tuple[Tensor, Tensor]:
+        """(s1, s2) of equations 13 and 15; s1 + s2 <= s0 - 1; s1 is 0 without despecification."""
+        room = max(s0 - 1, 0.0)
+        s1 = (self.c1 * m).clamp(0, room) * spe
+        left = room - s1
+        s2 = self.c2 * m * (left if self.relative_dup else 1)
+        return s1, torch.minimum(s2.clamp_min(0), left)
+
+    def sim_weight(self, sigma: Tensor, excess: Tensor, t: float) -> Tensor:
+        """The factor of s * grad sigma; ``excess``: how far sigma lies above the gate."""
+        factor = torch.ones_like(sigma)
+        if self.sim_above is not None:
+            factor = excess if self.sim_above == "gate" else (sigma - self.sim_above).clamp_min(0)
+        return self.c3 * math.exp(self.sim_rate * (1000 - t)) * factor
+
+
+def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: float) -> Terms:
+    """A preset's constants for a measure (``nl2`` or ``cosine``); its gate is ``strength`` times as far away.
+
+    Raises:
+        InputError: there is none.
+    """
+    presets = yaml.safe_load((CONFIGS / "mitigations" / "amg.yaml").read_text(encoding="utf-8"))
+    if measure not in presets.get(preset, {}):
+        known = ", ".join(name for name, measures in presets.items() if measure in measures)
+        raise InputError(f"amg: no preset {preset!r} for {measure}; there are: {known}")
+    terms = Terms(**presets[preset][measure])
+    terms = replace(terms, **{name: value for name, value in changed.items() if value is not None})
+    factor = strength if measure == "nl2" else 1 / strength
+    return replace(terms, gate_start=terms.gate_start * factor, gate_end=terms.gate_end * factor)
