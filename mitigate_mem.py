@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--guidance-scale", type=float, metavar="S", help="default: the model's config, else 7.5")
     add("--clip", metavar="FOLDER|HUB_ID|none", help="judges text alignment (default: the model's config)")
     add("--sscd", default="official-288", metavar="PRESET",
-        help="how SSCD is given pictures: official-288, official-320, wen-224 or amg-224 (default: %(default)s)")
+        help="how SSCD is given pictures: see memorization/similarity/sscd.py (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the model's config, else by hardware")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--batch-size", type=int, metavar="N", help="rows to a UNet call, halved on out of memory (default: by device)")
@@ -182,7 +182,10 @@ def method_of(args: argparse.Namespace, spec):
             raise InputError(f"--set {assignment}: write SETTING=VALUE")
         settings[name] = yaml.safe_load(value)
     if args.method == "amg":
-        settings["index"] = str(args.index or own_index(spec))
+        if args.index or "index" not in settings:
+            settings["index"] = str(args.index or own_index(spec))
+    elif args.index:
+        raise InputError(f"--index is for amg, not {args.method}")
     return make_mitigation(args.method, settings)
 
 
@@ -225,7 +228,7 @@ def main() -> None:
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
-    if dtype == "float16" and hasattr(mitigation, "lowers"):
+    if dtype == "float16" and (hasattr(mitigation, "lowers") or "sim" in getattr(mitigation, "guidances", "")):
         raise InputError(f"{args.method}: gradients are lost in float16; give --dtype float32 or bfloat16")
     pipe = load_pipeline(spec, dtype, device, images=True)
     if device.type == "cuda":
@@ -253,6 +256,7 @@ def main() -> None:
     judge = make_judge(pipe, known, spec.clip if args.clip is None else args.clip, args.sscd)
     settings = {
         "model": args.model, "revision": revision_of(pipe), "method": args.method, **vars(mitigation),
+        **(mitigation.record() if args.method == "amg" else {}),
         "level": level, "threshold": threshold,
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": images,
         "seed": args.seed, "steps": args.steps, "grid_steps": calibration.holds_for.get("steps", 50),

@@ -52,14 +52,17 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     args = parser.parse_args()
+    if min(args.sizes) < QUERIES:
+        parser.error(f"--sizes are at least {QUERIES}")
     rows = []
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_features(folder, size)
             opening, index = seconds(lambda folder=folder: Index(folder))
+            noise = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(0))
             queries = index.vectors(slice(0, size, size // QUERIES))[:QUERIES]
-            queries = torch.nn.functional.normalize(queries + 0.02 * torch.randn_like(queries), dim=1)
+            queries = torch.nn.functional.normalize(queries + 0.02 * noise, dim=1)
             exact, (_, true) = seconds(lambda index=index, queries=queries: index.search(queries, K))
             row = {"pictures": size, "opening, s": opening, f"exact, s / {QUERIES}": exact}
             try:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from memorization.calibration import read_calibration  # noqa: E402
 from memorization.detection import default_batch_size  # noqa: E402
 from memorization.detectors import make_detectors  # noqa: E402
-from memorization.errors import ArgumentParser, run_script  # noqa: E402
+from memorization.errors import ArgumentParser, InputError, run_script  # noqa: E402
 from memorization.index import own_index  # noqa: E402
 from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation  # noqa: E402
 from memorization.models import find_model, load_pipeline, pick_device, pick_dtype  # noqa: E402
@@ -44,10 +44,13 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(MITIGATIONS))
     args = parser.parse_args()
     spec, device = find_model(args.model), pick_device()
+    if not (spec.calibration and "prompts" in spec.prompts):
+        raise InputError(f"{spec.name}: needs a calibration and a list with training pictures in its config")
     pipe = load_pipeline(spec, pick_dtype(spec.dtype, device), device, images=True)
     calibration = read_calibration(ROOT / spec.calibration)
     frame = read_prompts(ROOT / spec.prompts["prompts"])
-    chosen = frame[frame["label"] == 1].tail(args.prompts)
+    frame["picture"] = picture_files(frame, ROOT / spec.prompts["prompts"])
+    chosen = frame[(frame["label"] == 1) & frame["picture"].notna()].tail(args.prompts)
     prompts = chosen["prompt"].tolist()
     detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": spec.anisotropy})
     with torch.no_grad():
@@ -74,8 +77,7 @@ def main() -> None:
     print(f"plain generation: {plain:.2f} s a prompt of 4 pictures, {args.steps} steps\n")
     print(markdown(pd.DataFrame(rows).round(2)))
     if args.sheet:
-        files = picture_files(chosen, ROOT / spec.prompts["prompts"])
-        training = np.stack([read_picture(file, pictures.shape[2:4]) for file in files])
+        training = np.stack([read_picture(file, pictures.shape[2:4]) for file in chosen["picture"]])
         draw({"training": training, **{name: made[:, 0] for name, made in columns.items()}}, prompts, args.sheet)
 
 

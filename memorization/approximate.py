@@ -55,7 +55,7 @@ def compress(index: Index, folder: Path, lists: int | None = None, code: int = 6
     faiss = faiss_module()
     width = index.features.shape[1]
     lists = lists or round(4 * len(index) ** 0.5)
-    if width % code:
+    if code < 1 or width % code:
         raise InputError(f"--code {code}: no divisor of the features' width, {width}")
     if len(index) < max(39 * lists, 39 * 256):
         raise InputError(f"{len(index)} pictures are too few for {lists} lists: exact search is fast enough")
@@ -73,11 +73,17 @@ def compress(index: Index, folder: Path, lists: int | None = None, code: int = 6
 
 
 class Candidates:
-    """The inverted file of an index, read into memory."""
+    """The inverted file of an index of ``count`` pictures, read into memory.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        InputError: it is of another number of pictures, or FAISS is missing.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
         self.faiss = faiss_module()
         self.made = self.faiss.read_index(str(path))
+        if self.made.ntotal != count:
+            raise InputError(f"{path}: holds {self.made.ntotal} pictures of {count}; compress the index again")
 
     def __call__(self, queries: Tensor, count: int, visited: int = 64) -> np.ndarray:
         """Rows that may be near each of ``queries (n, width)``, ``(n, count)``; -1 where there are fewer."""

@@ -14,6 +14,7 @@ pictures (``sscd``, ``clip``).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -51,6 +52,7 @@ class Index:
         model: folder or hub id of the CLIP checkpoint, for ``clip``.
         features: memory-mapped, ``(pictures, width)``.
         candidates: of the approximate search, where the index was compressed.
+        digest: tells its content from another's.
         paths, captions: of every picture.
 
     Raises:
@@ -68,9 +70,14 @@ class Index:
             raise InputError(f"{folder}: the index holds no picture")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32
+        features, shape = folder / "features.bin", (len(items), record["width"])
+        if features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
+            raise InputError(f"{features}: is cut short; build the index anew")
+        self.features = np.memmap(features, dtype, "r", shape=shape)
         compressed = folder / approximate.NAME
-        self.candidates = approximate.Candidates(compressed) if compressed.exists() else None
-        self.features = np.memmap(folder / "features.bin", dtype, "r").reshape(-1, record["width"])[: len(items)]
+        self.candidates = approximate.Candidates(compressed, len(items)) if compressed.exists() else None
+        # The features follow from what is listed here and from how they are made.
+        self.digest = hashlib.sha256(json.dumps([record, self.paths, self.captions]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -164,7 +171,7 @@ def listed(source: Path) -> list[dict]:
         frame = read_prompts(source)
         if "image" not in frame:
             raise InputError(f"{source}: no column 'image'")
-        frame = frame[frame["image"] != ""]
+        frame = frame[frame["image"].fillna("").astype(str) != ""]
     if frame.empty:
         raise InputError(f"{source}: names no picture")
     return [
@@ -186,7 +193,10 @@ def build(
         InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
             cannot be had.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
     describe, raw = describer(kind, size, model), kind == "pixels"
     width = describe(torch.zeros(1, 3, *(size or (64, 64)))).shape[1]
     record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": model} if model else {})
@@ -194,21 +204,21 @@ def build(
         write_atomically(folder / "index.json", json.dumps(record) + "\n")
     if read_json(folder / "index.json") != record:
         raise InputError(f"{folder}: holds an index of another kind or size; choose another --out")
-    done = _items(folder)
-    known = {item["path"] for item in done}
     row = width * (1 if raw else 4)  # bytes
-    (folder / approximate.NAME).unlink(missing_ok=True)  # it would not know what is added
     with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
         try:
             fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is building this index") from None
+        done = _items(folder)
         features.truncate(len(done) * row)  # what a killed build wrote of its last batch goes
         items.truncate(sum(len(_line(item)) for item in done))
-        new = [item for item in listed(source) if item["path"] not in known]
+        new = _new(listed(source), done, source)
+        if new:  # what was compressed does not know them
+            (folder / approximate.NAME).unlink(missing_ok=True)
         for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures"):
             batch = [(item, picture) for item in new[start : start + at_once]
-                     if (picture := _read(item["path"], source, size)) is not None]  # fmt: skip
+                     if (picture := _read(Path(item["file"]), size)) is not None]  # fmt: skip
             if not batch:
                 continue
             pictures = [picture for _, picture in batch]
@@ -218,6 +228,22 @@ def build(
             items.write(b"".join(_line(item) for item, _ in batch))
             items.flush()
     return Index(folder)
+
+
+def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
+    """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
+    wanted = {}
+    for item in items:
+        item = {**item, "file": str(_place(item["path"], source).resolve())}
+        wanted.setdefault(item["file"], item)
+    known = {item.get("file") for item in done}
+    return [item for file, item in wanted.items() if file not in known]
+
+
+def _place(name: str, source: Path) -> Path:
+    """Where a picture of ``source`` is: beside it, here, or in the project."""
+    places = [source.parent / name, Path(name), ROOT / name]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def own_index(spec: ModelSpec) -> Path:
@@ -244,10 +270,8 @@ def _line(item: dict) -> bytes:
     return (json.dumps(item, ensure_ascii=False) + "\n").encode()
 
 
-def _read(name: str, source: Path, size: tuple[int, int] | None) -> np.ndarray | None:
+def _read(path: Path, size: tuple[int, int] | None) -> np.ndarray | None:
     """The picture, uint8 ``(h, w, 3)``, at ``size`` if given; None, and a line on standard error where unreadable."""
-    places = [source.parent / name, Path(name), ROOT / name]
-    path = next((place for place in places if place.is_file()), places[0])
     try:
         return read_picture(path, size)
     except InputError as error:
@@ -288,7 +312,7 @@ def main() -> None:
         return
     if args.k < 1:
         parser.error("-k is at least 1")
-    pictures = {name: picture for name in args.pictures if (picture := _read(name, Path(), index.size)) is not None}
+    pictures = {name: picture for name in args.pictures if (picture := _read(Path(name), index.size)) is not None}
     if not pictures:
         raise InputError("none of the pictures can be read")
     vectors = torch.from_numpy(_describe(index.describe, list(pictures.values())))

@@ -107,12 +107,13 @@ def mitigate(
     started = time.perf_counter()
     try:
         remedy = mitigation(case)
+        seconds = (time.perf_counter() - started) / len(case.prompts)
+        if before is None:
+            before = side(case, Remedy.unchanged(case), judge, training)
+        after = side(case, remedy, judge, training)
     except FloatingPointError as error:
         raise InputError(f"{mitigation.name}: {error}; try --dtype float32") from None
-    seconds = (time.perf_counter() - started) / len(case.prompts)
-    if before is None:
-        before = side(case, Remedy.unchanged(case), judge, training)
-    return Outcome(remedy, before, side(case, remedy, judge, training), round(seconds, 3))
+    return Outcome(remedy, before, after, round(seconds, 3))
 
 
 def run_mitigation(

@@ -135,6 +135,8 @@ def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalSta
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     pipe.text_encoder.eval().requires_grad_(False)
+    if pipe.vae is not None:
+        pipe.vae.eval().requires_grad_(False)
     return pipe
 
 

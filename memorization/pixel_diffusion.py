@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
@@ -40,6 +41,12 @@ def load_pixel_model(identifier: str, device: torch.device | str = "cpu") -> DDP
         raise InputError(f"{identifier}: predicts {pipe.scheduler.config.prediction_type}, not epsilon")
     pipe.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return pipe
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """Of one picture; torch keeps 32 bits of a seed, so both numbers are mixed into them."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
 def amg_guide(amg: AMG) -> AntiMemorization:
@@ -76,7 +83,7 @@ def sample_pixels(
     for rows in tqdm(torch.arange(count).split(batch_size), desc=name, unit="batch"):
         scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
         scheduler.set_timesteps(steps)
-        generators = [torch.Generator().manual_seed((seed << 32) + i) for i in rows.tolist()]
+        generators = [generator_of(seed, i) for i in rows.tolist()]
         x = torch.cat([torch.randn(1, *size, generator=generator) for generator in generators]).to(device)
         classes = None if labels is None else labels[rows].to(device)
         guide = guide_of() if guide_of else None

@@ -129,8 +129,11 @@ class FineTuning:
         with torch.no_grad():
             self.embedded = dict(zip(prompts, pipe.embed(prompts), strict=True))
 
-    def batch(self, step: int, share: float = NEW_SHARE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, text states and the noise of a step; the first ``share`` of the rows are new."""
+    def batch(self, step: int, share: float = NEW_SHARE) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, text states, the noise, and which rows have a caption, of a step.
+
+        The first ``share`` of the rows are new.
+        """
         rng, generator = seeded("finetune", step)
         count, empty = round(UNET_BATCH * share), empty_share("finetune", 0, 1)
         usual, prompts = self.visits.draw(rng, UNET_BATCH - count, empty)
@@ -140,7 +143,8 @@ class FineTuning:
         noise = torch.randn(latents.shape, generator=generator)
         t = torch.randint(1000, (UNET_BATCH,), generator=generator)
         noisy = self.pipe.scheduler.add_noise(latents, noise, t)
-        return noisy, t, torch.stack([self.embedded[prompt] for prompt in drawn]), noise
+        captioned = torch.tensor([prompt != "" for prompt in drawn])
+        return noisy, t, torch.stack([self.embedded[prompt] for prompt in drawn]), noise, captioned
 
     @torch.no_grad()
     def length(self, noisy: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -153,16 +157,15 @@ class FineTuning:
         """The length below which a ``share`` of the usual visits with a caption lies."""
         found = []
         for step in range(batches):
-            noisy, t, text, _ = self.batch(step, 0)
-            found.append(self.length(noisy, t, self.pipe.unet(noisy, t, text).sample))
-        lengths = torch.cat(found)
-        return lengths[lengths > 0].quantile(share).item()  # an empty caption has no guidance vector
+            noisy, t, text, _, captioned = self.batch(step, 0)
+            found.append(self.length(noisy, t, self.pipe.unet(noisy, t, text).sample)[captioned])
+        return torch.cat(found).quantile(share).item()
 
     def loss_of(self, limit: float) -> Callable[[int], Tensor]:
         """The loss of a step, over the visits whose guidance vector is not longer than ``limit``."""
 
         def loss(step: int) -> Tensor:
-            noisy, t, text, noise = self.batch(step)
+            noisy, t, text, noise, _ = self.batch(step)
             output = self.pipe.unet(noisy, t, text).sample
             if limit == np.inf:
                 return mse_loss(output, noise)

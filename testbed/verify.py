@@ -87,7 +87,7 @@ def verify(model: str, work: Path) -> tuple[list[dict], Path]:
     write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows))  # without a torn last line
     training, place = training_pictures(captions)
     training_tensor = to_tensor(list(training))
-    sscd = SSCD() if find_weights() else None
+    sscd = SSCD("bicubic-288") if find_weights() else None
     embedded = sscd(training[: len(place)]) if sscd else None
     with open(log, "a", encoding="utf-8") as file:
         for start in tqdm(range(len(rows), len(captions), CAPTIONS_AT_ONCE), desc=f"verify {model}"):

@@ -79,16 +79,21 @@ def test_gate_rises_to_its_end_and_strength_moves_it():
     terms = find_terms("paper-main", "nl2")
     assert terms.gate(0) == pytest.approx(1.5) and terms.gate(1000) == pytest.approx(1.95, abs=1e-3)
     assert find_terms("paper-main", "nl2", 1.2).gate(0) == pytest.approx(1.8)
-    cosine = find_terms("paper-main", "cosine")
+    assert find_terms("paper-main", "nl2", 1.5).gate(1000) == pytest.approx(1.95)  # beyond 2 there would be no gate
+    assert find_terms("paper-main", "nl2", gate_start=3.0).gate_start == 3.0
+    with pytest.raises(InputError, match="an index of CLIP features needs its own gate"):
+        find_terms("paper-main", "clip")
+    assert find_terms("paper-main", "clip", gate_start=0.8, gate_end=0.9).gate(0) == pytest.approx(0.9)
+    cosine = find_terms("paper-main", "sscd")
     assert cosine.gate(0) == pytest.approx(0.4) and cosine.gate(1000) == pytest.approx(0.3, abs=1e-3)
-    assert find_terms("paper-main", "cosine", 2.0).gate(0) == pytest.approx(0.2)
+    assert find_terms("paper-main", "sscd", 2.0).gate(0) == pytest.approx(0.2)
     with pytest.raises(InputError, match="no preset 'official-code' for nl2; there are: paper-main, paper-strong"):
         find_terms("official-code", "nl2")
 
 
 @pytest.mark.parametrize("preset", ["paper-main", "official-code"])
 def test_scales_leave_at_least_one(preset):
-    terms = find_terms(preset, "cosine")
+    terms = find_terms(preset, "sscd")
     for s0 in (1.0, 3.0, 7.5):
         s1, s2 = terms.scales(torch.linspace(-1, 1, 101), s0)
         assert (s1 >= 0).all() and (s2 >= 0).all() and (s1 + s2 <= s0 - 1 + 1e-6).all()
@@ -133,11 +138,11 @@ def test_each_guidance_is_its_formula(nearest):
 
 def test_dissimilarity_grows_with_the_excess_and_towards_the_last_step():
     sigma, excess = torch.tensor([0.6, 0.2]), torch.tensor([0.2, -0.2])
-    terms = find_terms("official-code", "cosine")  # 100 (sigma - .3) exp((1000 - t) / 170)
+    terms = find_terms("official-code", "sscd")  # 100 (sigma - .3) exp((1000 - t) / 170)
     assert terms.sim_weight(sigma, excess, 490).tolist() == pytest.approx([30 * np.exp(3), 0], rel=2e-3)
     terms = find_terms("paper-main", "nl2", c3=2.0, sim_rate=1e-12)
     assert terms.sim_weight(sigma, excess.abs(), 0).tolist() == pytest.approx([0.4, 0.4])
-    terms = find_terms("paper-main", "cosine", c3=2.0)
+    terms = find_terms("paper-main", "sscd", c3=2.0)
     assert terms.sim_weight(sigma, excess, 300).tolist() == [2.0, 2.0]
 
 
@@ -166,13 +171,28 @@ def test_rows_that_are_far_look_again_later(nearest):
     assert [look.rows.tolist() for look in guide.looks] == [[0, 1], [0], [0], [0, 1], [0], [0]]
 
 
+def test_despecification_without_a_gate_acts_at_every_step(nearest):
+    clean = pictures(2)
+    terms = replace(find_terms("paper-main", "nl2", 1e-6), ungated_spe=True)
+    guide = guide_of(nearest, {"spe", "sim"}, terms, every=3)
+    point, eps = point_of(clean)
+    assert all((guide(step, point) - eps).abs().max() > 1e-3 for step in range(3))
+    assert not any(look.open.any() for look in guide.looks)
+
+
+def test_what_is_not_finite_is_not_taken_for_far(nearest):
+    point, _ = point_of(pictures(1) * float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        guide_of(nearest, {"sim"}, find_terms("paper-main", "nl2"))(0, point)
+
+
 def test_duplication_counts_where_the_preset_asks_for_it(nearest):
     clean = nearest.index.vectors([0, 30]).unflatten(1, (3, *SIZE)).double()
     terms = replace(find_terms("paper-main", "nl2", c1=0.1, c2=0.5), min_captions=3)
     guide = guide_of(nearest, {"dup"}, terms)
     guide(0, point_of(clean)[0])
-    often = nearest.index.multiplicity(nearest.find(clean))
-    assert often[1] == 1 and (guide.looks[0].s2 > 0).tolist() == [often[0] >= 3, False]
+    assert nearest.index.multiplicity(nearest.find(clean)) == [3, 1]
+    assert (guide.looks[0].s2 > 0).tolist() == [True, False]
 
 
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
@@ -215,4 +235,4 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
     with torch.no_grad():
         risen = nearest.nearness(x + step, rows).sum() - nearest.nearness(x - step, rows).sum()
     assert risen.item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
-    assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "cosine"
+    assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "clip"

@@ -63,6 +63,24 @@ def test_building_goes_on_where_it_stopped_and_adds_what_is_new(folder, tmp_path
     assert "skipped" in capsys.readouterr().err
 
 
+def test_a_picture_is_a_file_whatever_it_is_called(folder, tmp_path, monkeypatch):
+    made = build(folder, tmp_path / "index", "pixels", (8, 8))
+    monkeypatch.chdir(tmp_path)
+    assert len(build(folder.relative_to(tmp_path), tmp_path / "index", "pixels", (8, 8))) == len(made) == 12
+    other = tmp_path / "other"  # its pictures have the same names
+    other.mkdir()
+    Image.new("RGB", (16, 16)).save(other / "00.png")
+    assert len(build(other, tmp_path / "index", "pixels", (8, 8))) == 13
+
+
+def test_a_short_file_of_features_is_said(folder, tmp_path):
+    build(folder, tmp_path / "index", "pixels", (8, 8))
+    path = tmp_path / "index" / "features.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match="is cut short"):
+        Index(tmp_path / "index")
+
+
 def test_captions_with_line_separators(folder, tmp_path):
     (folder / "metadata.jsonl").unlink()
     listed = tmp_path / "list.jsonl"

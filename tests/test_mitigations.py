@@ -21,6 +21,7 @@ from memorization.mitigations.guidance_schedule import DynamicTransition, Static
 from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers, WordRepetition, whole_words
 from memorization.mitigations.rewrite import Rewrite, nearest_words, word_order
 from memorization.mitigations.sail import Sail
+from memorization.models import ROOT
 from memorization.sampling import sample
 
 PROMPTS = ["a red kite over two boats", "portrait of an old clockmaker", ""]
@@ -44,12 +45,10 @@ def case_of(pipe, prompts=PROMPTS, **changed):
 
 @pytest.fixture(scope="module")
 def pictures_index(tmp_path_factory):
-    """Of a few training pictures of the testbed, all of them near enough for the gate of amg."""
+    """Of training pictures of the testbed, all of them near enough for the gate of amg."""
     folder = tmp_path_factory.mktemp("index")
-    listed = pd.DataFrame(
-        {"prompt": ["one", "two"], "image": [f"testbed/pictures/{n}.png" for n in ("badminton", "thread")]}
-    )
-    listed.to_csv(folder / "list.csv", index=False)
+    images = sorted(f"testbed/pictures/{path.name}" for path in (ROOT / "testbed" / "pictures").glob("*.png"))[:60]
+    pd.DataFrame({"prompt": "a picture", "image": images}).to_csv(folder / "list.csv", index=False)
     build(folder / "list.csv", folder / "index", "pixels", (8, 8))
     return folder / "index"
 

@@ -34,6 +34,7 @@ def test_a_picture_depends_on_its_number_alone(model, sampler):
     whole = sample_pixels(model, 5, **options)
     assert whole.shape == (5, 3, 8, 8) and whole.abs().max() <= 1
     assert torch.allclose(sample_pixels(model, 5, batch_size=2, **options), whole, atol=1e-5)
+    assert not torch.allclose(sample_pixels(model, 5, seed=1, **options), whole, atol=0.1)
     other = sample_pixels(model, 5, **{**options, "labels": torch.tensor([1, 1, 2, 0, 1])})
     assert not torch.equal(other[0], whole[0]) and torch.allclose(other[1:], whole[1:], atol=1e-5)
 

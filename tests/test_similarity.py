@@ -56,6 +56,7 @@ def test_sscd_presets_prepare_pictures_their_way():
     shapes = {name: sscd.prepare(picture, preset).shape[:2] for name, preset in sscd.PRESETS.items()}
     assert shapes == {
         "official-288": (288, 576),
+        "bicubic-288": (288, 576),
         "official-320": (320, 320),
         "wen-224": (224, 224),
         "amg-224": (224, 224),

@@ -98,7 +98,8 @@ def test_the_filter_learns_only_from_visits_with_a_short_guidance_vector(monkeyp
 
     tuning = object.__new__(finetune.FineTuning)
     tuning.pipe, tuning.embedded = SimpleNamespace(unet=unet), {"": torch.zeros(3, 1)}
-    monkeypatch.setattr(tuning, "batch", lambda step, share=0.5: (noisy, torch.zeros(4), text, noise), raising=False)
+    drawn = (noisy, torch.zeros(4), text, noise, torch.tensor([False, True, True, True]))
+    monkeypatch.setattr(tuning, "batch", lambda step, share=0.5: drawn, raising=False)
     assert tuning.loss_of(np.inf)(0).item() == pytest.approx((1 + 0 + 1 + 16) / 4)
     assert tuning.loss_of(4.5)(0).item() == pytest.approx((1 + 0 + 1) / 3)
     assert tuning.loss_of(1.0)(0).item() == pytest.approx(1.0)

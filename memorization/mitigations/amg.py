@@ -92,9 +92,18 @@ class AMG:
         if not self.index:
             raise InputError("amg needs an index of training pictures: python -m memorization.index build makes one")
         nearest = Nearest(open_index(self.index))
+        if nearest.measure == "nl2" and len(nearest.index) < nearest.k:
+            raise InputError(
+                f"amg: nL2 needs an index of {nearest.k} pictures or more; {self.index} has {len(nearest.index)}"
+            )
         if nearest.index.kind == "sscd" and "sim" in self.guidances:
             raise InputError("amg: SSCD's ONNX export has no gradient; index pixels or clip, or leave out sim")
         return nearest
+
+    def record(self) -> dict:
+        """Everything that its pictures depend on, for a run's settings."""
+        nearest = self.nearest()
+        return {**vars(self), "index": nearest.index.digest, "terms": vars(self.terms(nearest.measure))}
 
     def guide(self, case: Case) -> AntiMemorization:
         """A fresh guide for a generation of rows of ``case``."""

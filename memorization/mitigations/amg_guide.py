@@ -15,16 +15,15 @@ from memorization.similarity.nearest import Nearest
 
 
 class Look(NamedTuple):
-    """What one look at the nearest training pictures said."""
+    """What one look at the nearest training pictures said, on the CPU."""
 
     timestep: int
+    gate: float
     rows: Tensor  # that were looked at
     sigma: Tensor
     open: Tensor
-    gate: float
     s1: Tensor
     s2: Tensor
-    neighbours: Tensor  # the nearest of each
 
 
 @dataclass
@@ -62,15 +61,17 @@ class AntiMemorization:
             pictures = self.decode(x0)
             neighbours = self.nearest.find(pictures).to(eps.device)
             sigma = self.nearest.nearness(pictures, neighbours)
+        if not sigma.isfinite().all():
+            raise FloatingPointError("amg: the nearness to the training pictures is NaN or infinite")
         nl2 = self.nearest.measure == "nl2"
         gate = self.terms.gate(point.timestep)
         excess = sigma + gate if nl2 else sigma - gate
         opened = excess > 0
-        self.due[rows.cpu()] = step + torch.where(opened, 1, self.every).cpu()
+        self.due[rows.cpu()] = step + torch.where(opened | self.terms.ungated_spe, 1, self.every).cpu()
         s1, s2 = self.terms.scales(sigma + 2 if nl2 else sigma, self.scale, "spe" in self.guidances)
         s1 = s1 * (opened | self.terms.ungated_spe)
         s2 = s2 * opened * ("dup" in self.guidances) * self._often(neighbours).to(s2)
-        self.looks.append(Look(point.timestep, rows, sigma, opened, gate, s1, s2, neighbours[:, 0]))
+        self.looks.append(Look(point.timestep, gate, *(x.cpu() for x in (rows, sigma, opened, s1, s2))))
         change = -s1[:, None, None, None] * point.guidance[rows]
         if (duplicated := s2 > 0).any():
             change[duplicated] -= s2[duplicated, None, None, None] * self._dup(point, rows, neighbours, duplicated)

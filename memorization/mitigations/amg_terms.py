@@ -49,17 +49,33 @@ class Terms:
         return self.c3 * math.exp(self.sim_rate * (1000 - t)) * factor
 
 
-def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: float) -> Terms:
-    """A preset's constants for a measure (``nl2`` or ``cosine``); its gate is ``strength`` times as far away.
+FARTHEST = 1.95  # a gate on nL2; the nearest picture is never farther than 2, and pure noise is at about 2
+
+
+def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: float | None) -> Terms:
+    """A preset's constants for a measure (``nl2``, ``sscd`` or ``clip``); its gate is ``strength`` times as far away.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; or the measure is ``clip`` and no gate is given, since what is near differs from
+            checkpoint to checkpoint.
     """
+    if measure == "clip":
+        if None in (changed.get("gate_start"), changed.get("gate_end")):
+            raise InputError("amg: an index of CLIP features needs its own gate: --set gate_start=X --set gate_end=Y")
+        measure = "sscd"
     presets = yaml.safe_load((CONFIGS / "mitigations" / "amg.yaml").read_text(encoding="utf-8"))
     if measure not in presets.get(preset, {}):
         known = ", ".join(name for name, measures in presets.items() if measure in measures)
         raise InputError(f"amg: no preset {preset!r} for {measure}; there are: {known}")
     terms = Terms(**presets[preset][measure])
     terms = replace(terms, **{name: value for name, value in changed.items() if value is not None})
-    factor = strength if measure == "nl2" else 1 / strength
-    return replace(terms, gate_start=terms.gate_start * factor, gate_end=terms.gate_end * factor)
+    if measure == "nl2":
+
+        def moved(gate: float) -> float:
+            return min(gate * strength, max(gate, FARTHEST))
+    else:
+
+        def moved(gate: float) -> float:
+            return gate / strength
+
+    return replace(terms, gate_start=moved(terms.gate_start), gate_end=moved(terms.gate_end))

@@ -31,9 +31,8 @@ class Clip:
     def __init__(self, identifier: str, device: torch.device | str = "cpu") -> None:
         self.name = Path(identifier).name
         try:
-            self.model = (
-                CLIPModel.from_pretrained(identifier, dtype=torch.float32, use_safetensors=True).to(device).eval()
-            )
+            self.model = CLIPModel.from_pretrained(identifier, dtype=torch.float32, use_safetensors=True)
+            self.model.to(device).eval().requires_grad_(False)
             self.processor = CLIPImageProcessorPil.from_pretrained(identifier)
             self.tokenizer = CLIPTokenizer.from_pretrained(identifier)
         except Exception as error:  # transformers, the hub client and safetensors each raise their own kinds

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.images import list_images
+from memorization.images import SUFFIXES, list_images
 from memorization.pictures import read_picture
 from memorization.similarity.clip import Clip
 from memorization.similarity.sscd import SSCD
@@ -57,7 +58,14 @@ def inception(left: Path, right: Path) -> dict[str, float]:
 
     smaller = min(len(list_images(folder)) for folder in (left, right))
     return calculate_metrics(
-        input1=str(left), input2=str(right), fid=True, kid=True, kid_subset_size=min(1000, smaller), verbose=False
+        input1=str(left),
+        input2=str(right),
+        fid=True,
+        kid=True,
+        kid_subset_size=min(1000, smaller),
+        verbose=False,
+        cuda=torch.cuda.is_available(),
+        samples_find_ext=",".join(suffix[1:] for suffix in sorted(SUFFIXES)),
     )
 
 

@@ -28,8 +28,8 @@ class Nearest:
 
     @property
     def measure(self) -> str:
-        """``nl2`` or ``cosine``."""
-        return "nl2" if self.index.kind == "pixels" else "cosine"
+        """``nl2``, or ``sscd`` or ``clip`` for a cosine of features."""
+        return "nl2" if self.index.kind == "pixels" else self.index.kind
 
     @torch.no_grad()
     def find(self, pictures: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class Nearest:
         return self.index.search(self.index.describe(pictures), self.k)[1]
 
     def nearness(self, pictures: Tensor, rows: Tensor) -> Tensor:
-        """sigma ``(n,)``, given the rows of the neighbours."""
-        described = self.index.describe(pictures)
-        if self.measure == "cosine":
+        """sigma ``(n,)`` on the pictures' device, given the rows of the neighbours."""
+        described = self.index.describe(pictures).to(pictures.device)
+        if self.measure != "nl2":
             return (described * self.index.vectors(rows[:, 0].tolist()).to(described)).sum(1)
         z = self.index.vectors(rows.flatten().tolist()).to(described).unflatten(0, rows.shape)
         distance = (described[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels

@@ -25,7 +25,7 @@ from memorization.tables import markdown
 from memorization.trajectory import generate
 
 GUIDANCES = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup", "spe+dup+sim")
-ALWAYS = {"nl2": 3.0, "cosine": 1e-6}  # a gate that every picture is nearer than
+ALWAYS = {"nl2": 3.0, "sscd": 1e-6, "clip": 1e-6}  # a gate that every picture is nearer than
 
 
 def gates(measure: str) -> dict[str, dict]:
@@ -88,7 +88,9 @@ def draw(case: Case, amg: AMG, path: Path) -> None:
                 scales = [getattr(look, key).mean().item() for look in guide.looks]
                 axis.plot(t, scales, style, color="C0", lw=1, label=f"{label} (mean)")
     axis.invert_xaxis()
-    axis.set(xlabel="timestep (noise on the left)", ylabel=guide.nearest.measure, title=case.prompts[0])
+    axis.set(
+        xlabel="timestep (noise on the left)", ylabel=guide.nearest.measure, title=case.prompts[0].replace("$", r"\$")
+    )
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     save_figure(figure, path)

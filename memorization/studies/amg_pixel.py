@@ -2,8 +2,9 @@
 
 Pictures from the same noise without AMG, with a gate of two strengths, with a constant gate and without any (always
 guided): how near they are to the training set. AMG lowers the normalised l2 that it is measured by, so the cosine of
-CLIP features to the nearest training picture stands beside it, and a Frechet distance on the same features. Every
-finished row keeps its pictures as one PNG, from which the table is made again: a killed study goes on where it stopped.
+CLIP features to the nearest training picture stands beside it, and a Frechet distance on the same features, to the
+pictures of the index, each counted once. Every finished row keeps its pictures as one PNG, from which the table is made
+again: a killed study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from PIL import Image
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.index import Index
 from memorization.mitigations.amg import AMG
-from memorization.models import ROOT, find_model
+from memorization.models import ROOT, find_model, pick_device, revision_of
 from memorization.pictures import to_bytes, to_tensor
 from memorization.pixel_diffusion import SAMPLERS, amg_guide, load_pixel_model, sample_pixels
 from memorization.plots import save_figure
@@ -40,7 +41,7 @@ def variants(measure: str) -> dict[str, dict | None]:
 
 
 def labels_of(index: Index, count: int) -> torch.Tensor:
-    """A class a picture, as often as the classes occur in the training set."""
+    """A class a picture, as often as the classes occur in the index."""
     classes = sorted(set(index.captions))
     drawn = np.random.default_rng(0).choice(len(index), count)
     return torch.tensor([classes.index(index.captions[i]) for i in drawn])
@@ -112,19 +113,23 @@ def main() -> None:
     add("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
     add("--steps", type=int, default=50, help="of a generation (default: %(default)s)")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="default: results/studies/amg_pixel/<model>-<sampler>")
     args = parser.parse_args()
-    if args.count < 2 or args.steps < 2:
-        parser.error("--count and --steps are at least 2")
+    if args.count < 2 or args.steps < 2 or args.seed < 0:
+        parser.error("--count and --steps are at least 2, --seed at least 0")
     nearest = AMG(index=str(args.index)).nearest()
-    pipe = load_pixel_model(args.model)
+    device = pick_device(args.device)
+    pipe, clip = load_pixel_model(args.model, device), Clip(args.clip, device)
+    side = pipe.unet.config.sample_size
+    if nearest.index.size != (side, side):
+        raise InputError(f"{args.index}: build it with --size {side} {side}, the size of the model's pictures")
     out = args.out or ROOT / "results/studies/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
         name: str(vars(args)[name]) for name in ("model", "index", "preset", "count", "steps", "sampler", "seed")
     }
-    settings["model"] = Path(args.model).name
-    settings["index"] = f"{args.index.name}, {len(nearest.index)} pictures"
+    settings |= {"model": Path(args.model).name, "revision": revision_of(pipe), "index": nearest.index.digest}
     settings["terms"] = vars(AMG(preset=args.preset).terms(nearest.measure))
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
@@ -134,7 +139,6 @@ def main() -> None:
     chosen = {
         name: generated(name, values, pipe, args, labels, out) for name, values in variants(nearest.measure).items()
     }
-    clip = Clip(args.clip)
     pictures = nearest.index.vectors(slice(None)).unflatten(1, (3, *nearest.index.size))
     training = clip.pictures(to_bytes(pictures)).numpy()
     table = pd.DataFrame([

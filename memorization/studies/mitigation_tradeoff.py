@@ -24,7 +24,7 @@ from memorization.detectors import make_detectors
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.index import own_index
 from memorization.mitigation import Outcome, Side, mitigate
-from memorization.mitigations import MITIGATIONS, Case, Mitigation, make_mitigation
+from memorization.mitigations import AMG, MITIGATIONS, Case, Mitigation, make_mitigation
 from memorization.models import ROOT
 from memorization.pictures import to_tensor
 from memorization.plots import save_figure
@@ -220,13 +220,15 @@ def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, 
     frame = chosen_prompts(subject.frame, args.memorized, args.ordinary)
     known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
     judge, calibration = make_judge(subject.pipe, known, spec.clip), read_calibration(ROOT / spec.calibration)
+    study = Study(subject, frame, judge, calibration, args)
     settings = {
         **subject.settings, "steps": args.steps,
         "memorized": args.memorized, "ordinary": args.ordinary,
         "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
         "levels": calibration.levels, "judge": judge.description,
+        "amg": AMG(**study.mitigation_settings["amg"]).record(),
     }  # fmt: skip
-    return Study(subject, frame, judge, calibration, args), settings, subject.out, spec.copy_limits["nl2"]
+    return study, settings, subject.out, spec.copy_limits["nl2"]
 
 
 def main() -> None:
