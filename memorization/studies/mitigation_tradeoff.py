@@ -160,23 +160,21 @@ def _row(rows: pd.DataFrame, when: str, copy: float, resamples: int) -> dict:
 
 
 def at_equal_alignment(table: pd.DataFrame, kept: float = 0.9) -> pd.DataFrame:
-    """Share of copies of every method where its curve keeps a share ``kept`` of the text alignment, best first.
+    """The lowest share of copies that every method reaches while it keeps a share ``kept`` of the text alignment.
 
-    The curve starts without mitigation and goes through the strengths from mild to strong; between them it is linear.
-    NaN where even the strongest keeps more.
+    On its curve from no mitigation through its strengths, mild to strong, linear between them; best method first.
     """
     none = table.iloc[0]
     wanted, found, column = kept * none["clip"], [], f"copies at {kept:.0%} of the alignment"
     for method, group in table.iloc[1:].groupby("method", sort=False):
-        clip = [none["clip"], *group["clip"]]
-        copies = [none["copies"], *group["copies"]]
-        place = next((i for i, value in enumerate(clip) if value < wanted), None)
-        share = np.nan
-        if place is not None:
-            part = (clip[place - 1] - wanted) / (clip[place - 1] - clip[place])
-            share = copies[place - 1] + part * (copies[place] - copies[place - 1])
-        found.append({"method": method, column: share})
-    return pd.DataFrame(found).sort_values(column, na_position="last")
+        clip = np.array([none["clip"], *group["clip"]])
+        copies = np.array([none["copies"], *group["copies"]])
+        reached = list(copies[clip >= wanted])
+        for i in np.flatnonzero((clip[:-1] >= wanted) != (clip[1:] >= wanted)):  # the curve crosses it here
+            part = (clip[i] - wanted) / (clip[i] - clip[i + 1])
+            reached.append(copies[i] + part * (copies[i + 1] - copies[i]))
+        found.append({"method": method, column: min(reached)})
+    return pd.DataFrame(found).sort_values(column)
 
 
 def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
@@ -249,7 +247,7 @@ def main() -> None:
     rows = pd.DataFrame(read_lines(out / "scores.jsonl")[0])
     table = table_of(rows, Plan._fields, copy, args.resamples)
     print(markdown(table.round(3).astype(object).fillna("")))
-    print(markdown(at_equal_alignment(table).round(3).astype(object).fillna("")))
+    print(markdown(at_equal_alignment(table).round(3)))
     write_atomically(out / "table.csv", table.round(4).to_csv(index=False))
     title = f"{args.model}: {args.memorized} memorized prompts, {settings['num_images']} noises each"
     draw(table, out / "tradeoff.png", title)
