@@ -81,16 +81,19 @@ def main() -> None:
         draw({"training": training, **{name: made[:, 0] for name, made in columns.items()}}, prompts, args.sheet)
 
 
-def draw(columns: dict[str, np.ndarray], prompts: list[str], path: Path) -> None:
+def draw(columns: dict[str, np.ndarray], prompts: list[str], path: Path, gap: int = 4) -> None:
     """A row a prompt, a column a method: uint8 ``(prompts, h, w, 3)`` each."""
-    figure, axes = plt.subplots(len(prompts), len(columns), figsize=(len(columns), 1.15 * len(prompts)), squeeze=False)
-    for j, (name, pictures) in enumerate(columns.items()):
-        for i, picture in enumerate(pictures):
-            axes[i, j].imshow(picture)
-            axes[i, j].axis("off")
-        axes[0, j].set_title(name.replace("_", "\n"), fontsize=7, pad=12 if "_" not in name else 3)
-    for i, prompt in enumerate(prompts):
-        axes[i, 0].text(0, -3, prompt, fontsize=6, ha="left", va="bottom")
+    padded = [
+        np.pad(pictures, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255) for pictures in columns.values()
+    ]
+    rows, width = np.concatenate(padded, axis=2), padded[0].shape[2]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(len(columns), 1.25 * len(rows)), squeeze=False)
+    for axis, row, prompt in zip(axes[:, 0], rows, prompts, strict=True):
+        axis.imshow(row)
+        axis.set_title(prompt, fontsize=8, loc="left", pad=2, parse_math=False)
+        axis.axis("off")
+    for i, name in enumerate(columns):
+        axes[0, 0].text((i + 0.5) * width, -14, name.replace("_", "\n"), fontsize=8, ha="center", va="bottom")
     save_figure(figure, path)
 
 
