@@ -2,7 +2,7 @@
 
 Stages, in order: ``set`` (the training set), ``uncond`` and ``class`` (UNets that predict epsilon). The training set
 is finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at each duplication weight of ``LEVELS``. It ships
-as an index of pixels (``testbed/models/pixel-index``), whose captions are the classes: Unicode's groups of emoji. The
+as an index of pixels (``testbed/pixel-index``), whose captions are the classes: Unicode's groups of emoji. The
 class model goes on from the unconditional one. Resumable like ``testbed.train``.
 """
 
@@ -28,7 +28,7 @@ from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, u
 
 SIZE = 32
 LEVELS, PER_LEVEL, UNIQUE = (4, 8, 16, 32), 12, 2000
-INDEX = MODELS / "pixel-index"
+INDEX = HERE / "pixel-index"
 STEPS, BATCH = {"uncond": 2400, "class": 1200}, 32
 UNET = dict(
     sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,

@@ -107,7 +107,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT / "testbed/models/pixel-uncond"), metavar="FOLDER|HUB_ID", help="in DDPM format")
-    add("--index", type=Path, default=ROOT / "testbed/models/pixel-index", metavar="DIR", help="of its training set")
+    add("--index", type=Path, default=ROOT / "testbed/pixel-index", metavar="DIR", help="of its training set")
     add("--clip", default=find_model("testbed-eps").clip, metavar="FOLDER|HUB_ID", help="for the second measure")
     add("--preset", default="pixel-testbed", help="of configs/mitigations/amg.yaml (default: %(default)s)")
     add("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
