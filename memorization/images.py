@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detection import KEPT, as_rows, with_memory
 from memorization.detectors import Detector
 from memorization.errors import InputError
+from memorization.pictures import read_picture, to_tensor
 from memorization.predictor import Predictor
 from memorization.prompts import read_prompts
 from memorization.results import ResultStore
@@ -58,14 +58,8 @@ def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
     """
     size = pipe.unet.config.sample_size
     height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
-    arrays = []
-    for path in paths:
-        try:
-            picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        except OSError as error:
-            raise InputError(f"{path}: no picture that can be read ({error})") from None
-        arrays.append(np.asarray(picture, dtype=np.float32) / 127.5 - 1)
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(pipe.vae.device, pipe.vae.dtype)
+    pictures = np.stack([read_picture(Path(path), (height, width)) for path in paths])
+    pixels = to_tensor(pictures).to(pipe.vae.device, pipe.vae.dtype)
     return pipe.vae.encode(pixels).latent_dist.mean.float() * pipe.vae.config.scaling_factor
 
 

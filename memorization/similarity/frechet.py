@@ -43,7 +43,9 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
 def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
     paths = list_images(folder)["image"]
-    return np.concatenate([embed(read_picture(Path(path), None)[None]) for path in tqdm(paths, desc=folder.name)])
+    return np.concatenate(
+        [np.asarray(embed(read_picture(Path(path), None)[None])) for path in tqdm(paths, desc=folder.name)]
+    )
 
 
 def inception(left: Path, right: Path) -> dict[str, float]:
@@ -82,11 +84,7 @@ def main() -> None:
         for name, value in inception(args.left, args.right).items():
             print(f"{name}: {value:.4g}")
         return
-    if args.features == "sscd":
-        embed = SSCD()
-    else:
-        clip = Clip(args.features)
-        embed = lambda pictures: clip.pictures(pictures).numpy()  # noqa: E731
+    embed = SSCD() if args.features == "sscd" else Clip(args.features).pictures
     value = frechet_distance(features_of(args.left, embed), features_of(args.right, embed))
     print(f"Frechet distance, {args.features}: {value:.4g}")
 

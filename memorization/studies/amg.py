@@ -19,8 +19,7 @@ from memorization.mitigations import AMG, Case
 from memorization.mitigations.amg_guide import AntiMemorization
 from memorization.plots import save_figure
 from memorization.results import ResultStore, read_lines, write_atomically
-from memorization.studies.labelled import add_arguments
-from memorization.studies.mitigation_tradeoff import make_study, run, table_of
+from memorization.studies.mitigation_tradeoff import add_study_arguments, make_study, run, table_of
 from memorization.tables import markdown
 from memorization.trajectory import generate
 
@@ -98,13 +97,7 @@ def draw(case: Case, amg: AMG, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    parser.set_defaults(split="test")
-    add = parser.add_argument
-    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
-    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
-    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
-    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add_study_arguments(parser)
     args = parser.parse_args()
     study, settings, out, copy = make_study(args, "amg")
     with ResultStore(out, settings, {}) as store:

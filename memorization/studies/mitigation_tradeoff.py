@@ -201,6 +201,17 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
+def add_study_arguments(parser: ArgumentParser) -> None:
+    """Flags of every study that mitigates a sample of a labelled list."""
+    add_arguments(parser)
+    parser.set_defaults(split="test")
+    add = parser.add_argument
+    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
+    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
+    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+
+
 def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, float]:
     """(study, what its rows depend on, its folder, normalised l2 below which a picture is a copy).
 
@@ -231,14 +242,10 @@ def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    parser.set_defaults(split="test")
-    add = parser.add_argument
-    add("--memorized", type=int, default=16, metavar="N", help="prompts that are memorized (default: %(default)s)")
-    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
-    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
-    add("--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)")
-    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add_study_arguments(parser)
+    parser.add_argument(
+        "--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)"
+    )
     args = parser.parse_args()
     todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
     study, settings, out, copy = make_study(args, "mitigation_tradeoff")
