@@ -15,7 +15,7 @@ from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detection import KEPT, as_rows, with_memory
 from memorization.detectors import Detector
 from memorization.errors import InputError
-from memorization.pictures import read_picture, to_tensor
+from memorization.pictures import encode_pixels, read_picture, to_tensor
 from memorization.predictor import Predictor
 from memorization.prompts import read_prompts
 from memorization.results import ResultStore
@@ -59,8 +59,7 @@ def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
     size = pipe.unet.config.sample_size
     height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
     pictures = np.stack([read_picture(Path(path), (height, width)) for path in paths])
-    pixels = to_tensor(pictures).to(pipe.vae.device, pipe.vae.dtype)
-    return pipe.vae.encode(pixels).latent_dist.mean.float() * pipe.vae.config.scaling_factor
+    return encode_pixels(pipe.vae, to_tensor(pictures))
 
 
 @torch.no_grad()

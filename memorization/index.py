@@ -7,8 +7,8 @@
 
 Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
 chunks. Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
-Features are the pictures themselves at a small size (``pixels``), or SSCD descriptors or CLIP embeddings of the whole
-pictures (``sscd``, ``clip``).
+Features are the pictures themselves at a small size (``pixels``), their latents in a checkpoint's autoencoder
+(``latents``), or SSCD descriptors or CLIP embeddings of the whole pictures (``sscd``, ``clip``).
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from tqdm import tqdm
 from memorization import approximate
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.images import list_images
-from memorization.models import ROOT, ModelSpec
-from memorization.pictures import read_picture, to_bytes, to_tensor
+from memorization.models import ROOT, ModelSpec, load_autoencoder
+from memorization.pictures import encode_pixels, read_picture, to_tensor
 from memorization.prompts import read_prompts
 from memorization.results import read_json, write_atomically
 from memorization.similarity.clip import Clip
 from memorization.similarity.pixel import l2
 from memorization.similarity.sscd import SSCD
 
-FEATURES = ("pixels", "sscd", "clip")
+FEATURES = ("pixels", "latents", "sscd", "clip")
+SIZED = ("pixels", "latents")  # compared by l2, at one size
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
 
 
@@ -47,9 +48,10 @@ class Index:
     """Training pictures, their captions and features.
 
     Attributes:
-        kind: ``pixels`` (uint8, the picture at ``size``), ``sscd`` or ``clip`` (unit vectors).
-        size: (height, width) that pictures were brought to, for ``pixels``.
-        model: folder or hub id of the CLIP checkpoint, for ``clip``.
+        kind: ``pixels`` (uint8, the picture at ``size``), ``latents`` (scaled, flattened), ``sscd`` or ``clip`` (unit
+            vectors).
+        size: (height, width) that pictures were brought to, for ``pixels`` and ``latents``.
+        model: folder or hub id of the checkpoint, for ``clip`` and ``latents``.
         features: memory-mapped, ``(pictures, width)``.
         candidates: of the approximate search, where the index was compressed.
         digest: tells its content from another's.
@@ -84,17 +86,17 @@ class Index:
 
     @cached_property
     def describe(self) -> Callable[[Tensor], Tensor]:
-        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1]; differentiable, but for ``sscd``."""
+        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1]; differentiable."""
         return describer(self.kind, self.size, self.model)
 
     def vectors(self, rows: Sequence[int] | slice) -> Tensor:
-        """``rows`` as they are compared, float32: pixels in [-1, 1], flattened ``(c, h, w)``, or unit vectors."""
+        """``rows`` as they are compared, float32: pixels in [-1, 1] or latents, flattened; or unit vectors."""
         found = torch.from_numpy(np.array(self.features[rows])).float()
         return found / 127.5 - 1 if self.kind == "pixels" else found
 
     def distance(self, queries: Tensor, vectors: Tensor) -> Tensor:
-        """``(queries, vectors)``: root mean square difference / 2 for pixels, 1 - cosine for unit vectors."""
-        return l2(queries, vectors) if self.kind == "pixels" else 1 - queries @ vectors.T
+        """``(queries, vectors)``: root mean square difference / 2, or 1 - cosine for unit vectors."""
+        return l2(queries, vectors) if self.kind in SIZED else 1 - queries @ vectors.T
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -138,17 +140,19 @@ class Index:
 def describer(kind: str, size: tuple[int, int] | None, model: str | None) -> Callable[[Tensor], Tensor]:
     """What makes features of pictures ``(n, 3, h, w)`` in [-1, 1]."""
     if kind == "sscd":
-        sscd = SSCD()
-        return lambda pictures: torch.from_numpy(sscd(to_bytes(pictures))).float()
+        return SSCD().describe
     if kind == "clip":
         return Clip(model).describe
 
-    def pixels(pictures: Tensor) -> Tensor:
-        if tuple(pictures.shape[-2:]) != size:
-            pictures = interpolate(pictures, size, mode="bicubic", antialias=True)
-        return pictures.flatten(1)
+    def resized(pictures: Tensor) -> Tensor:
+        if tuple(pictures.shape[-2:]) == size:
+            return pictures
+        return interpolate(pictures, size, mode="bicubic", antialias=True)
 
-    return pixels
+    if kind == "pixels":
+        return lambda pictures: resized(pictures).flatten(1)
+    vae = load_autoencoder(model)
+    return lambda pictures: encode_pixels(vae, resized(pictures)).flatten(1)
 
 
 def _items(folder: Path) -> list[dict]:
@@ -186,8 +190,8 @@ def build(
     """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
 
     Args:
-        size: (height, width), for ``pixels``.
-        model: folder or hub id of a CLIP checkpoint, for ``clip``.
+        size: (height, width), for ``pixels`` and ``latents``.
+        model: folder or hub id of a CLIP checkpoint, for ``clip``; of a Stable Diffusion checkpoint, for ``latents``.
 
     Raises:
         InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
@@ -286,8 +290,10 @@ def main() -> None:
     make.add_argument("source", type=Path, help="a folder of pictures, or a list with columns image and prompt")
     make.add_argument("--out", type=Path, required=True, metavar="INDEX")
     make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
-    make.add_argument("--clip", metavar="FOLDER|HUB_ID", help="the CLIP checkpoint, for clip features")
-    make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixel features (default: 64 64)")
+    make.add_argument("--model", metavar="FOLDER|HUB_ID", help="clip: the CLIP checkpoint; latents: the Stable "
+        "Diffusion checkpoint whose autoencoder it is")  # fmt: skip
+    make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixels, or of pictures before they "
+        "are encoded to latents (default: 64 64; Stable Diffusion's latents: 512 512)")  # fmt: skip
     pack = commands.add_parser("compress", help="for more than a few 100,000 pictures: approximate search by FAISS")
     pack.add_argument("index", type=Path)
     pack.add_argument("--lists", type=int, help="of the inverted file (default: 4 sqrt of the pictures)")
@@ -298,12 +304,12 @@ def main() -> None:
     find.add_argument("-k", type=int, default=5)
     args = parser.parse_args()
     if args.command == "build":
-        if args.size and (args.features != "pixels" or min(args.size) < 1):
-            parser.error("--size is for pixel features, and at least 1 1")
-        if (args.features == "clip") != bool(args.clip):
-            parser.error("--features clip and --clip go together")
-        size = tuple(args.size or (64, 64)) if args.features == "pixels" else None
-        index = build(args.source, args.out, args.features, size, args.clip)
+        if args.size and (args.features not in SIZED or min(args.size) < 1):
+            parser.error(f"--size is for {' and '.join(SIZED)}, and at least 1 1")
+        if (args.features in ("clip", "latents")) != bool(args.model):
+            parser.error("--features clip or latents, and --model, go together")
+        size = tuple(args.size or (64, 64)) if args.features in SIZED else None
+        index = build(args.source, args.out, args.features, size, args.model)
         print(f"{args.out}: {len(index)} pictures, {index.kind}")
         return
     index = Index(args.index)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers import AutoencoderKL
 
 from local_sd_pipeline import PREDICTION_TYPES, LocalStableDiffusionPipeline
 from memorization.errors import InputError
@@ -30,7 +31,8 @@ class ModelSpec:
         calibration: file with its thresholds, in the project.
         clip: the CLIP checkpoint that judges its pictures.
         amg: settings of the mitigation amg.
-        copy_limits: ``nl2`` -> value below which a picture counts as a copy.
+        copy_limits: ``nl2`` -> value below which a picture counts as a copy; ``sscd`` -> above which.
+        reference: folder of an index of pixels: how pictures of this kind look, for Frechet distances.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ModelSpec:
     clip: str | None = None
     copy_limits: dict[str, float] = field(default_factory=dict)
     amg: dict = field(default_factory=dict)
+    reference: str | None = None
     description: str = ""
 
 
@@ -120,6 +123,31 @@ def load_pipeline(
             continue
         return _place(pipe, device)
     raise InputError(_why_not_loaded(spec, reasons))
+
+
+def load_autoencoder(identifier: str) -> AutoencoderKL:
+    """The autoencoder of a Stable Diffusion checkpoint, float32, its weights frozen.
+
+    Args:
+        identifier: a name, folder or hub id.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    reasons = []
+    for folder in find_model(identifier).ids:
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                folder,
+                subfolder="vae",
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=Path(folder).is_dir(),
+            )
+            return vae.eval().requires_grad_(False)
+        except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
+            reasons.append(" ".join(str(error).split())[:200])
+    raise InputError(f"{identifier}: no autoencoder in safetensors that can be loaded ({'; '.join(reasons)})")
 
 
 def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalStableDiffusionPipeline:

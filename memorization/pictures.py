@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -33,3 +34,9 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 def to_bytes(pictures: Tensor) -> np.ndarray:
     """uint8 ``(n, h, w, 3)`` of pictures ``(n, 3, h, w)``; what lies outside [-1, 1] is clipped."""
     return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Scaled latents, float32, of pictures ``(n, 3, h, w)`` in [-1, 1]: the posterior's mean; differentiable."""
+    pixels = pictures.to(vae.device, vae.dtype)
+    return vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor

@@ -7,14 +7,13 @@ guidance vector to take back and no caption to steer from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
-from tqdm import tqdm
 
 from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
@@ -60,38 +59,34 @@ def amg_guide(amg: AMG) -> AntiMemorization:
 @torch.no_grad()
 def sample_pixels(
     pipe: DDPMPipeline,
-    count: int,
+    numbers: Sequence[int],
     *,
     labels: Tensor | None = None,
     sampler: str = "ddim",
     steps: int = 50,
     seed: int = 0,
-    batch_size: int = 32,
-    guide_of: Callable[[], AntiMemorization] | None = None,
-    name: str = "sample",
+    guide: AntiMemorization | None = None,
 ) -> Tensor:
-    """``count`` pictures ``(count, c, h, w)`` in [-1, 1], on the CPU. Picture i depends on ``seed`` and i alone.
+    """The pictures of these ``numbers``, ``(n, c, h, w)`` in [-1, 1], as one batch, on the CPU.
+
+    Picture i depends on ``seed`` and i alone.
 
     Args:
-        labels: class of every picture, ``(count,)``, for a class-conditional model.
+        labels: class of every picture, ``(n,)``, for a class-conditional model.
         sampler: ``ddim`` (eta 0) or ``ddpm``.
-        guide_of: makes a fresh guide for every batch.
+        guide: a fresh one, of :func:`amg_guide`.
     """
     unet, device = pipe.unet, pipe.unet.device
     size = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    pictures = []
-    for rows in tqdm(torch.arange(count).split(batch_size), desc=name, unit="batch"):
-        scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(steps)
-        generators = [generator_of(seed, i) for i in rows.tolist()]
-        x = torch.cat([torch.randn(1, *size, generator=generator) for generator in generators]).to(device)
-        classes = None if labels is None else labels[rows].to(device)
-        guide = guide_of() if guide_of else None
-        for index, t in enumerate(scheduler.timesteps.tolist()):
-            eps = unet(x, t, classes).sample
-            if guide:
-                alpha_bar = scheduler.alphas_cumprod[t].item()
-                eps = guide(index, NoisePrediction(t, x, eps, eps, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, "epsilon"))
-            x = scheduler.step(eps, t, x, generator=generators).prev_sample
-        pictures.append(x.clamp(-1, 1).cpu())
-    return torch.cat(pictures)
+    scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    generators = [generator_of(seed, i) for i in numbers]
+    x = torch.cat([torch.randn(1, *size, generator=generator) for generator in generators]).to(device)
+    classes = None if labels is None else labels.to(device)
+    for index, t in enumerate(scheduler.timesteps.tolist()):
+        eps = unet(x, t, classes).sample
+        if guide:
+            alpha_bar = scheduler.alphas_cumprod[t].item()
+            eps = guide(index, NoisePrediction(t, x, eps, eps, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, "epsilon"))
+        x = scheduler.step(eps, t, x, generator=generators).prev_sample
+    return x.clamp(-1, 1).cpu()

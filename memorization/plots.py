@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -81,4 +82,17 @@ def draw_duplicates(rows: pd.DataFrame, score: np.ndarray, name: str, path: Path
     axis.set_xticks(range(len(places)), [*others, *(f"x{n}" for n in levels)], fontsize=8)
     axis.set(xlabel="kind, and duplication count of fixed scenes", ylabel=name, title=title)
     figure.colorbar(dots, label="replication rate")
+    return save_figure(figure, path)
+
+
+def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:
+    """Named rows of pictures, uint8 ``(h, w, 3)`` of one size, as many in each: column i is one case."""
+    columns = len(next(iter(strips.values())))
+    figure, axes = plt.subplots(len(strips), 1, figsize=(0.8 * columns, 1.02 * len(strips)), squeeze=False)
+    for axis, (name, pictures) in zip(axes[:, 0], strips.items(), strict=True):
+        axis.imshow(np.concatenate(list(pictures), axis=1))
+        axis.set_title(name, fontsize=8, loc="left", pad=2)
+        axis.axis("off")
+    if title:
+        figure.suptitle(title, fontsize=8)
     return save_figure(figure, path)

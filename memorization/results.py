@@ -106,6 +106,11 @@ class ResultStore:
         self._this_time = {**info, **_environment()}
         self._started = None
 
+    @property
+    def started(self) -> bool:
+        """Whether this process has said that it writes."""
+        return self._started is not None
+
     def _refuse_changes(self, stored: dict, wanted: dict) -> None:
         wanted = json.loads(json.dumps(wanted))
         changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
@@ -135,7 +140,7 @@ class ResultStore:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._started is not None:
+        if self.started:
             self.record["seconds"] = round(self.record["seconds"] + time.time() - self._started, 1)
             self.save("complete" if kind is None else "stopped")
         self._file.close()

@@ -19,6 +19,7 @@ from memorization.mitigations.amg_terms import find_terms
 from memorization.sampling import sample
 from memorization.similarity.nearest import Nearest
 from memorization.similarity.pixel import normalized_l2
+from memorization.trajectory import generate
 
 SIZE = (8, 8)
 ROOT = GOLDEN.parent.parent
@@ -236,3 +237,27 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
         risen = nearest.nearness(x + step, rows).sum() - nearest.nearness(x - step, rows).sum()
     assert risen.item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
     assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "clip"
+
+
+def test_an_index_of_latents_needs_no_decoder(index_folder, tmp_path):
+    pipe = load_tiny("tiny-eps", images=True)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    made = build(index_folder.parent, tmp_path / "latents", "latents", (side, side), str(GOLDEN / "tiny-eps"))
+    assert made.features.shape == (60, pipe.unet.config.in_channels * pipe.unet.config.sample_size**2)
+    prompts = ["a red kite"]
+    with torch.no_grad():
+        case = Case(pipe, prompts, pipe.embed(prompts).float(), pipe.pure_noise(2, 0), {}, {}, steps=4)
+    amg = AMG(index=str(tmp_path / "latents"), strength=10.0, every=1)
+    guide = amg.guide(case)
+    clean = made.vectors([3, 7]).unflatten(1, case.noise.shape[1:])
+    point, _ = point_of(clean.double())
+    after_eps = guide(0, point)
+    assert guide.looks[0].sigma.tolist() == pytest.approx([0, 0], abs=1e-3)
+    rows = made.search(clean.flatten(1), 50)[1]
+    assert rows[:, 0].tolist() == [3, 7] and not torch.equal(after_eps, point.uncond + 7.5 * point.guidance)
+    pipe.vae = None  # nothing is decoded
+    *_, last = generate(pipe, case.embeds.expand(2, -1, -1), pipe.embed([""]), case.noise, steps=4, guide=guide)
+    assert last.after.isfinite().all()
+    build(index_folder.parent, tmp_path / "small", "latents", (8, 8), str(GOLDEN / "tiny-eps"))
+    with pytest.raises(InputError, match=r"holds latents of \d+ numbers, the model's have 1024"):
+        AMG(index=str(tmp_path / "small")).guide(case)

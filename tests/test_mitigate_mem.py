@@ -161,16 +161,20 @@ def test_equal_alignment_is_read_off_the_curve():
     assert found.tolist() == pytest.approx([0.4, 0.75, 0.9])  # the last keeps more, so its own share counts
 
 
-def test_amg_taken_apart(run_script, tmp_path, monkeypatch):
+def test_tables_of_amg(run_script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "study"
-    monkeypatch.setattr(amg, "VARIANTS", amg.VARIANTS[5:8])
-    run_script(amg, "--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 5, "--resamples", 50,
-               "--out", out)  # fmt: skip
-    table = pd.read_csv(out / "table.csv")
-    assert table["guidances"].tolist() == ["none", *(variant.guidances for variant in amg.VARIANTS)]
-    plain, full = table.iloc[0], table.iloc[2]
-    assert full["nl2 lowest"] > plain["nl2 lowest"]
-    assert (out / "trajectory.png").stat().st_size > 1000
+    monkeypatch.setattr(amg, "find_weights", lambda: None)
+    monkeypatch.setattr(amg, "GUIDANCES", ("sim",))
+    monkeypatch.setattr(amg, "PERTURBATIONS", ("gni",))
+    command = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--images", 2, "--steps", 4, "--out", out,
+               "--ablated", ROOT / "testbed/models/testbed-v")  # fmt: skip
+    run_script(amg, *command)
+    rows = pd.read_csv(out / "table.csv").set_index("row")
+    assert list(rows.index) == ["base", "gni", "amg main", "amg strong", "ablation", "sim", *amg.gates("nl2")]
+    assert rows.loc["amg main", "nl2 top 1"] > rows.loc["base", "nl2 top 1"]
+    assert rows.loc["no gate", "ordinary: moved"] > rows.loc["amg main", "ordinary: moved"]
+    assert (rows["Frechet"] > 0).all() and capsys.readouterr().out.count("| base") == 2
+    assert (out / "trajectory.png").stat().st_size > 1000 and (out / "sheet.png").stat().st_size > 1000
 
 
 def test_mitigation_by_amg_makes_its_own_index(run_script, fast, prompts, tmp_path):

@@ -31,30 +31,31 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_picture_depends_on_its_number_alone(model, sampler):
     options = {"labels": torch.tensor([0, 1, 2, 0, 1]), "sampler": sampler, "steps": 5}
-    whole = sample_pixels(model, 5, **options)
+    whole = sample_pixels(model, range(5), **options)
     assert whole.shape == (5, 3, 8, 8) and whole.abs().max() <= 1
-    assert torch.allclose(sample_pixels(model, 5, batch_size=2, **options), whole, atol=1e-5)
-    assert not torch.allclose(sample_pixels(model, 5, seed=1, **options), whole, atol=0.1)
-    other = sample_pixels(model, 5, **{**options, "labels": torch.tensor([1, 1, 2, 0, 1])})
+    part = sample_pixels(model, range(2, 4), **{**options, "labels": torch.tensor([2, 0])})
+    assert torch.allclose(part, whole[2:4], atol=1e-5)
+    assert not torch.allclose(sample_pixels(model, range(5), seed=1, **options), whole, atol=0.1)
+    other = sample_pixels(model, range(5), **{**options, "labels": torch.tensor([1, 1, 2, 0, 1])})
     assert not torch.equal(other[0], whole[0]) and torch.allclose(other[1:], whole[1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_amg_in_pixel_space(model, sampler, tmp_path):
     options = {"labels": torch.zeros(3, dtype=torch.long), "sampler": sampler, "steps": 10}
-    plain = sample_pixels(model, 3, **options)
+    plain = sample_pixels(model, range(3), **options)
     noise = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     (tmp_path / "training").mkdir()
     for i, picture in enumerate(to_bytes(torch.cat([plain[:2], noise]))):  # the first two pictures are "memorized"
         Image.fromarray(picture).save(tmp_path / "training" / f"{i:02d}.png")
     build(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
     amg = AMG(index=str(tmp_path / "index"), gate_start=1.0, gate_end=1.0, c3=5.0, every=1)
-    guided = sample_pixels(model, 3, guide_of=lambda: amg_guide(amg), **options)
+    guided = sample_pixels(model, range(3), guide=amg_guide(amg), **options)
     moved = (guided - plain).square().mean((1, 2, 3)).sqrt()
     assert (moved[:2] > 0.02).all() and torch.equal(guided[2], plain[2])
     assert (l2(guided[:2], plain[:2]).diagonal() > 0.01).all()
     closed = AMG(index=str(tmp_path / "index"), strength=1e-6)
-    assert torch.equal(sample_pixels(model, 3, guide_of=lambda: amg_guide(closed), **options), plain)
+    assert torch.equal(sample_pixels(model, range(3), guide=amg_guide(closed), **options), plain)
 
 
 def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
@@ -69,17 +70,18 @@ def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
     command = ("--model", model.config["_name_or_path"], "--index", tmp_path / "index", "--count", 12, "--steps", 3,
                "--preset", "paper-main", "--out", out)  # fmt: skip
     run_script(amg_pixel, *command)
-    table = pd.read_csv(out / "table.csv").set_index("guidance")
+    table = pd.read_csv(out / "table.csv").set_index("row")
     assert list(table.index) == list(amg_pixel.variants("nl2")) and (out / "sheet.png").stat().st_size > 1000
-    assert (out / "no-gate.png").read_bytes() != (out / "none.png").read_bytes()
-    assert table.loc["none", "nl2 5%"] >= table.loc["none", "nl2 lowest"] > 0
-    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    (out / "strong.png").unlink()  # as if it had been killed there
+    assert (out / "no gate" / "00000.png").read_bytes() != (out / "base" / "00000.png").read_bytes()
+    assert table.loc["base", "nl2 top 5%"] >= table.loc["base", "nl2 top 1"] > 0
+    made = {path: path.read_bytes() for path in out.glob("*/*.png")}
+    assert len(made) == 12 * len(table)
+    lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # as if it had been killed there
+    (out / "constant gate" / "00003.png").unlink()
     run_script(amg_pixel, *command)
-    assert {path.name: path.read_bytes() for path in out.glob("*.png") if path.name != "sheet.png"} == {
-        name: content for name, content in before.items() if name != "sheet.png"
-    }
-    with pytest.raises(InputError, match="pictures of other settings"):
+    assert {path: path.read_bytes() for path in out.glob("*/*.png")} == made
+    with pytest.raises(InputError, match="other settings"):
         run_script(amg_pixel, *command, "--seed", 1)
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from PIL import Image
+from transformers import ResNetConfig, ResNetModel
 
 from memorization.errors import InputError
-from memorization.pictures import read_picture
+from memorization.pictures import read_picture, to_tensor
 from memorization.prompts import read_prompts
 from memorization.similarity import frechet, pixel, sscd
 from memorization.similarity.clip import Clip
@@ -47,27 +49,55 @@ def test_exact_copy_is_zero_and_others_are_about_two():
 
 def test_sscd_says_how_to_get_its_weights(monkeypatch):
     monkeypatch.setenv("SSCD_ONNX", "/nowhere.onnx")
-    with pytest.raises(InputError, match="onnxruntime"):
+    with pytest.raises(InputError, match="needs its weights"):
         sscd.SSCD()
 
 
 def test_sscd_presets_prepare_pictures_their_way():
     picture = np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8)
-    shapes = {name: sscd.prepare(picture, preset).shape[:2] for name, preset in sscd.PRESETS.items()}
-    assert shapes == {
+    seen = {name: sscd.prepare(to_tensor(picture[None]), preset) for name, preset in sscd.PRESETS.items()}
+    assert {name: tuple(pixels.shape[2:]) for name, pixels in seen.items()} == {
         "official-288": (288, 576),
         "bicubic-288": (288, 576),
         "official-320": (320, 320),
         "wen-224": (224, 224),
         "amg-224": (224, 224),
     }
+    by_pillow = np.asarray(Image.fromarray(picture).resize((576, 288), Image.Resampling.BILINEAR)) / 255
+    pixels = seen["official-288"][0].permute(1, 2, 0).numpy() * sscd.IMAGENET_STD + sscd.IMAGENET_MEAN
+    assert np.abs(pixels - by_pillow).max() < 1.01 / 255 and np.abs(pixels * 255 % 1 - 0.5).min() > 0.49  # bytes
     for name, preset in sscd.PRESETS.items():
-        flat = sscd.prepare(np.full((300, 300, 3), 51, np.uint8), preset)[0, 0] / 255  # .2 everywhere
-        seen = (flat - sscd.IMAGENET_MEAN) / sscd.IMAGENET_STD  # by the graph
-        expected = (0.2 - preset.mean) / preset.std
-        assert np.abs(seen - expected).max() < 0.5 / 255 / 0.224 + 1e-6, name
+        flat = sscd.prepare(torch.full((1, 3, 300, 300), -0.6), preset)[0, :, 0, 0]  # .2 in [0, 1]
+        assert flat.tolist() == pytest.approx((0.2 - np.array(preset.mean)) / np.array(preset.std), abs=1e-6), name
     with pytest.raises(InputError, match="no SSCD preset 'mine'"):
         sscd.SSCD("mine")
+
+
+def test_sscd_network_is_the_folded_one():
+    """Against the network whose normalisations are not folded, and pooling and linear layer by hand."""
+    torch.manual_seed(0)
+    whole = ResNetModel(ResNetConfig()).eval()
+    for module in whole.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, low, high in ((module.running_var, 0.5, 2), (module.running_mean, -0.2, 0.2),
+                                      (module.weight, 0.3, 0.8), (module.bias, -0.2, 0.2)):  # fmt: skip
+                torch.nn.init.uniform_(values, low, high)
+    network = sscd.Network().eval()
+    unfolded = sscd.Network()
+    unfolded.trunk = whole
+    folded = []
+    for layer in unfolded.layers():
+        norm = layer.normalization
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+        folded.append((layer.convolution.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor))
+    linear = torch.randn(512, 2048) / 45, torch.randn(512) / 10
+    network.load([tuple(v.detach().numpy() for v in pair) for pair in folded], tuple(v.numpy() for v in linear))
+    pixels = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        states = whole(pixels).last_hidden_state.double().clamp_min(1e-6)
+        pooled = (states**3).flatten(2).mean(2) ** (1 / 3)
+        expected = pooled.float() @ linear[0].T + linear[1]
+        assert torch.allclose(network(pixels), expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
 
 
 def test_frechet_distance_of_gaussians():

@@ -9,7 +9,8 @@ sigma its nearness and lambda_t a gate that rises towards the last step:
     G_dup = -s2 (eps(x_t, y_N) - eps_u),   s2 = max(min(c2 m, s0 - s1 - 1), 0)    y_N: the caption of n_0
     G_sim = c3 s grad_{x_t} sigma                                                 dissimilarity
 
-The gradient holds eps_hat constant, so it passes through the decoder alone; its sign is the one that lowers sigma.
+The gradient holds eps_hat constant, so it passes through the decoder alone; its sign is the one that lowers sigma. With
+an index of latents, x0_hat is compared as it is, and nothing is decoded.
 
 Deviations. m is sigma for cosines, but sigma + 2 for nL2, whose sigma is never positive: else s1 and s2 were always 0.
 A row whose gate is closed looks again after ``every`` steps only, a row whose gate is open at every step: the decoder
@@ -21,7 +22,7 @@ cosines too; c3 is ours, since its unit depends on the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -87,7 +88,7 @@ class AMG:
         """The index that was named.
 
         Raises:
-            InputError: none was, or it has no gradient.
+            InputError: none was, or it is too small.
         """
         if not self.index:
             raise InputError("amg needs an index of training pictures: python -m memorization.index build makes one")
@@ -96,8 +97,6 @@ class AMG:
             raise InputError(
                 f"amg: nL2 needs an index of {nearest.k} pictures or more; {self.index} has {len(nearest.index)}"
             )
-        if nearest.index.kind == "sscd" and "sim" in self.guidances:
-            raise InputError("amg: SSCD's ONNX export has no gradient; index pixels or clip, or leave out sim")
         return nearest
 
     def record(self) -> dict:
@@ -108,14 +107,19 @@ class AMG:
     def guide(self, case: Case) -> AntiMemorization:
         """A fresh guide for a generation of rows of ``case``."""
         nearest, pipe = self.nearest(), case.pipe
+        latents, width = nearest.index.kind == "latents", case.noise[0].numel()
+        if latents and nearest.index.features.shape[1] != width:
+            raise InputError(f"{self.index}: holds latents of {nearest.index.features.shape[1]} numbers, the model's "
+                f"have {width}; build it with the model's autoencoder and size")  # fmt: skip
         embed = cache(lambda caption: pipe.embed([caption])[0])
 
         def caption_eps(latents: Tensor, timestep: int, captions: list[str]) -> Tensor:
             return pipe.predict_noise(latents, timestep, torch.stack([embed(caption) for caption in captions]))
 
         return AntiMemorization(
-            nearest, self.terms(nearest.measure), frozenset(self.guidances.split("+")), case.guidance_scale,
-            int(self.every), lambda latents: decode_pixels(pipe, latents), caption_eps,
+            replace(nearest, of_latents=latents), self.terms(nearest.measure), frozenset(self.guidances.split("+")),
+            case.guidance_scale, int(self.every),
+            (lambda x0: x0) if latents else lambda x0: decode_pixels(pipe, x0), caption_eps,
         )  # fmt: skip
 
     def __call__(self, case: Case) -> Remedy:

@@ -24,6 +24,7 @@ class Look(NamedTuple):
     open: Tensor
     s1: Tensor
     s2: Tensor
+    sim: Tensor  # length of G_sim in units of that of eps_hat
 
 
 @dataclass
@@ -71,12 +72,15 @@ class AntiMemorization:
         s1, s2 = self.terms.scales(sigma + 2 if nl2 else sigma, self.scale, "spe" in self.guidances)
         s1 = s1 * (opened | self.terms.ungated_spe)
         s2 = s2 * opened * ("dup" in self.guidances) * self._often(neighbours).to(s2)
-        self.looks.append(Look(point.timestep, gate, *(x.cpu() for x in (rows, sigma, opened, s1, s2))))
         change = -s1[:, None, None, None] * point.guidance[rows]
         if (duplicated := s2 > 0).any():
             change[duplicated] -= s2[duplicated, None, None, None] * self._dup(point, rows, neighbours, duplicated)
+        sim = torch.zeros_like(change)
         if opened.any() and "sim" in self.guidances:
-            change[opened] += self._sim(point, x0[opened], neighbours[opened], sigma[opened], excess[opened])
+            sim[opened] = self._sim(point, x0[opened], neighbours[opened], sigma[opened], excess[opened])
+        share = sim.flatten(1).norm(dim=1) / eps[rows].flatten(1).norm(dim=1)
+        change += sim
+        self.looks.append(Look(point.timestep, gate, *(x.cpu() for x in (rows, sigma, opened, s1, s2, share))))
         acted = opened | (s1 > 0)
         eps = eps.clone()  # rows with a closed gate stay as they are, to the bit
         eps[rows[acted]] += change[acted]

@@ -2,7 +2,8 @@
 
 Chen, Liu, Xu, CVPR 2024, equations 8 and 9, with n_0 the nearest of an index and z its k = 50 nearest:
 
-    pixels       sigma = - l2(x, n_0) / (alpha * mean over z of l2(x, z)),   alpha = .5
+    pixels, latents
+                 sigma = - l2(x, n_0) / (alpha * mean over z of l2(x, z)),   alpha = .5
     SSCD, CLIP   sigma = E(x)^T E(n_0)
 
 Larger is nearer. The neighbours are held constant in the gradient.
@@ -15,30 +16,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memorization.index import Index
+from memorization.index import SIZED, Index
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearness to the pictures of ``index``."""
+    """Nearness to the pictures of ``index``.
+
+    Args:
+        of_latents: whether it is asked about latents instead of pictures, for an index of latents: then neither
+            decoder nor encoder is needed.
+    """
 
     index: Index
     k: int = 50
     alpha: float = 0.5
+    of_latents: bool = False
 
     @property
     def measure(self) -> str:
         """``nl2``, or ``sscd`` or ``clip`` for a cosine of features."""
-        return "nl2" if self.index.kind == "pixels" else self.index.kind
+        return "nl2" if self.index.kind in SIZED else self.index.kind
+
+    def describe(self, pictures: Tensor) -> Tensor:
+        """Features ``(n, width)``; differentiable."""
+        return pictures.flatten(1) if self.of_latents else self.index.describe(pictures)
 
     @torch.no_grad()
     def find(self, pictures: Tensor) -> Tensor:
         """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of pictures ``(n, 3, h, w)`` in [-1, 1]."""
-        return self.index.search(self.index.describe(pictures), self.k)[1]
+        return self.index.search(self.describe(pictures), self.k)[1]
 
     def nearness(self, pictures: Tensor, rows: Tensor) -> Tensor:
         """sigma ``(n,)`` on the pictures' device, given the rows of the neighbours."""
-        described = self.index.describe(pictures).to(pictures.device)
+        described = self.describe(pictures).to(pictures.device)
         if self.measure != "nl2":
             return (described * self.index.vectors(rows[:, 0].tolist()).to(described)).sum(1)
         z = self.index.vectors(rows.flatten().tolist()).to(described).unflatten(0, rows.shape)

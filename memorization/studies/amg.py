@@ -1,60 +1,142 @@
-"""AMG taken apart, on a text-conditional model: ``python -m memorization.studies.amg --model testbed-eps``
+"""The tables of AMG on a text-conditional model: ``python -m memorization.studies.amg --model testbed-eps``
 
-On memorized and ordinary prompts of a labelled list: each guidance alone, in pairs and all three; all three with a
-constant gate and without one. Then a picture of one prompt's way: nearness to the training set against the step, with
-and without AMG. The comparison with other mitigations is ``memorization.studies.mitigation_tradeoff``.
+Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models", CVPR 2024, in kind: on memorized and ordinary prompts of a
+labelled list, all from the same noise,
+
+1. plain sampling beside random perturbations of the prompt (GNI, RT, CWR, RNA), a model whose memorized prompts were
+   ablated (``--ablated``) and AMG at two strengths;
+2. AMG's guidances alone, in pairs and all three, with another gate or none, and looking at every step;
+3. pictures: training | plain | AMG, and the nearness to the training set along one prompt's generations.
+
+Copies are counted by nL2 and by SSCD (CLIP features where its weights are not there), since AMG lowers the nearness of
+its own index: read the other. A killed study goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
-from memorization.errors import ArgumentParser, run_script
-from memorization.mitigations import AMG, Case
+from memorization.detection import default_batch_size
+from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.index import Index, own_index
+from memorization.mitigations import AMG, Case, Mitigation, Remedy, make_mitigation
 from memorization.mitigations.amg_guide import AntiMemorization
+from memorization.models import ROOT, find_model, load_pipeline, revision_of
+from memorization.pictures import to_tensor
 from memorization.plots import save_figure
-from memorization.results import ResultStore, read_lines, write_atomically
-from memorization.studies.mitigation_tradeoff import add_study_arguments, make_study, run, table_of
+from memorization.results import ResultStore, write_atomically
+from memorization.sampling import sample
+from memorization.similarity.clip import Clip
+from memorization.similarity.judge import picture_files
+from memorization.similarity.sscd import SSCD, find_weights
+from memorization.studies.copying import Copying, Embed, Reference, training_pictures
+from memorization.studies.gallery import Gallery
+from memorization.studies.labelled import Subject, add_arguments, open_subject
+from memorization.studies.mitigation_tradeoff import chosen_prompts
 from memorization.tables import markdown
 from memorization.trajectory import generate
 
-GUIDANCES = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup", "spe+dup+sim")
+PERTURBATIONS = ("gni", "rt", "cwr", "rna")
+GUIDANCES = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup")
+STRONG = 1.15
+LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4), "clip": ()}  # the paper's
 ALWAYS = {"nl2": 3.0, "sscd": 1e-6, "clip": 1e-6}  # a gate that every picture is nearer than
+MAIN, ABLATION = "amg main", "ablation"
+SHOWN = ("base", ABLATION, "rt", MAIN, "amg strong", "sim")  # in the contact sheet
 
 
 def gates(measure: str) -> dict[str, dict]:
-    """Settings of AMG for other gates than the preset's."""
+    """Settings of AMG for other gates than the preset's, by the name of a row."""
     return {
         "constant gate": {"gate_decay": 1e-12},  # at its end at every step
         "no gate": {"gate_start": ALWAYS[measure], "gate_end": ALWAYS[measure]},
+        "looks every step": {"every": 1},
     }
 
 
-class Variant(NamedTuple):
-    """Some of the guidances behind some gate."""
-
-    guidances: str
-    gate: str = "scheduled"
-    strength: float = 1.0
-
-    def mitigation(self, settings: dict[str, dict]) -> AMG:
-        """AMG with the model's settings, but for these."""
-        base = AMG(**{**settings["amg"], "strength": self.strength, "guidances": self.guidances})
-        changed = gates(base.nearest().measure).get(self.gate, {})
-        return AMG(**{**vars(base), **changed})
+def methods(amg: dict) -> dict[str, Mitigation | None]:
+    """Rows of the first table."""
+    perturbed = {name: make_mitigation(name) for name in PERTURBATIONS}
+    return {"base": None, **perturbed, MAIN: AMG(**amg), "amg strong": AMG(**{**amg, "strength": STRONG})}
 
 
-VARIANTS = [
-    *(Variant(guidances) for guidances in GUIDANCES),
-    Variant("spe+dup+sim", "constant gate"),
-    Variant("spe+dup+sim", "no gate"),
-    Variant("spe+dup+sim", strength=1.15),
-]
+def parts(amg: dict, measure: str) -> dict[str, AMG]:
+    """Further rows of the second table."""
+    alone = {name: AMG(**{**amg, "guidances": name}) for name in GUIDANCES}
+    return alone | {name: AMG(**{**amg, **changed}) for name, changed in gates(measure).items()}
+
+
+def cases_of(subject: Subject, pipe, frame: pd.DataFrame, args: argparse.Namespace) -> list[Case]:
+    """The prompts in batches, on the same noises."""
+    batch_size = default_batch_size(pipe)
+    noise, at_once = pipe.pure_noise(args.images, args.seed), max(1, batch_size // args.images)
+    cases = []
+    for start in range(0, len(frame), at_once):
+        prompts = frame["prompt"].tolist()[start : start + at_once]
+        with torch.no_grad():
+            embeds = pipe.embed(prompts).float()
+        cases.append(Case(pipe, prompts, embeds, noise, {}, {}, args.steps, 50, subject.spec.guidance_scale, args.seed,
+                          batch_size))  # fmt: skip
+    return cases
+
+
+def sampled(case: Case, mitigation: Mitigation | None) -> Callable[[], np.ndarray]:
+    """Makes the pictures of a case, uint8 ``(prompts x images, h, w, 3)``."""
+
+    def make() -> np.ndarray:
+        pictures = sample(case, mitigation(case) if mitigation else Remedy.unchanged(case))
+        return pictures.reshape(-1, *pictures.shape[2:])
+
+    return make
+
+
+class Table:
+    """Measures rows of a gallery whose pictures are of ``frame``'s prompts, ``images`` each."""
+
+    def __init__(self, gallery: Gallery, frame: pd.DataFrame, images: int, copying: Copying, clip: Clip,
+                 reference: Reference | None) -> None:  # fmt: skip
+        self.gallery, self.copying, self.clip, self.reference = gallery, copying, clip, reference
+        self.memorized = np.repeat(frame["label"].to_numpy() == 1, images)
+        self.prompts = clip.prompts(frame["prompt"].tolist()).repeat_interleave(images, 0)
+
+    def values(self, row: str) -> dict[str, np.ndarray]:
+        """A value a picture under each measure; ``moved``: root mean square difference from plain sampling's."""
+        found, first = [], 0
+        for pictures, plain in zip(self.gallery.batches(row), self.gallery.batches("base"), strict=True):
+            text = self.prompts[first : first + len(pictures)]
+            first += len(pictures)
+            difference = to_tensor(pictures) - to_tensor(plain)
+            own = {"text": (self.clip.pictures(pictures) * text).sum(1).numpy(),
+                   "moved": difference.square().mean((1, 2, 3)).sqrt().numpy()}  # fmt: skip
+            if self.reference:
+                own["features"] = self.reference.embed(pictures)
+            found.append(own | self.copying(pictures))
+        return {name: np.concatenate([own[name] for own in found]) for name in found[0]}
+
+    def row(self, name: str) -> dict:
+        """What the table says of it: of memorized prompts, and in the last columns of ordinary ones."""
+        values = self.values(name)
+        memorized = {key: v[self.memorized] for key, v in values.items()}
+        ordinary = {key: v[~self.memorized] for key, v in values.items()}
+        frechet = {"Frechet": self.reference.distance(memorized["features"])} if self.reference else {}
+        return {
+            "row": name, **self.copying.columns(memorized), **frechet, "CLIP": float(memorized["text"].mean()),
+            "ordinary: CLIP": float(ordinary["text"].mean()), "ordinary: moved": float(ordinary["moved"].mean()),
+            "s / picture": self.gallery.seconds(name),
+        }  # fmt: skip
+
+
+def second_measure(clip: Clip) -> tuple[str, Embed]:
+    """Its name and what embeds pictures: SSCD, or CLIP where its weights are missing."""
+    return ("sscd", SSCD()) if find_weights() else ("clip", lambda pictures: clip.pictures(pictures).numpy())
 
 
 @torch.no_grad()
@@ -68,46 +150,99 @@ def looks_of(case: Case, amg: AMG) -> AntiMemorization:
     return guide
 
 
-def draw(case: Case, amg: AMG, path: Path) -> None:
-    """Nearness against the timestep, a line a noise: plain, and with AMG; where its gate was open it has a marker."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.5))
-    sides = {"plain": ("none", "0.6"), "with AMG": (amg.guidances, "C3")}
-    for name, (guidances, color) in sides.items():
+def draw_trajectory(case: Case, amg: AMG, path: Path) -> None:
+    """Nearness against the timestep, a line a noise, plain and with AMG, and below it what acted at each step."""
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.5, 6), sharex=True, height_ratios=[3, 2])
+    for name, guidances, color in (("plain", "none", "0.6"), ("with AMG", amg.guidances, "C3")):
         guide = looks_of(case, AMG(**{**vars(amg), "guidances": guidances, "every": 1}))
-        t = [look.timestep for look in guide.looks]
-        sigma, opened = (torch.stack([getattr(look, key) for look in guide.looks]) for key in ("sigma", "open"))
-        values = sigma.abs().numpy()
-        axis.plot(t, values, color=color, lw=1, label=[name, *[None] * (values.shape[1] - 1)])
-        if guidances != "none":
-            for row in range(values.shape[1]):
-                axis.scatter(*zip(*[(a, b) for a, b, o in zip(t, values[:, row], opened[:, row], strict=True) if o],
-                                  strict=True) if opened[:, row].any() else ([], []), s=14, color=color)  # fmt: skip
-            axis.plot(t, [look.gate for look in guide.looks], "k--", lw=1, label="gate (dots: open)")
-            for key, label, style in (("s1", "s1, despecification", ":"), ("s2", "s2, deduplication", "-.")):
-                scales = [getattr(look, key).mean().item() for look in guide.looks]
-                axis.plot(t, scales, style, color="C0", lw=1, label=f"{label} (mean)")
-    axis.invert_xaxis()
-    axis.set(
-        xlabel="timestep (noise on the left)", ylabel=guide.nearest.measure, title=case.prompts[0].replace("$", r"\$")
-    )
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
+        t = np.array([look.timestep for look in guide.looks])
+        sigma, opened = (torch.stack([getattr(look, key) for look in guide.looks]).numpy() for key in ("sigma", "open"))
+        upper.plot(t, np.abs(sigma), color=color, lw=1, label=[name, *[None] * (sigma.shape[1] - 1)])
+    upper.scatter(*(np.broadcast_to(v, sigma.shape)[opened] for v in (t[:, None], np.abs(sigma))), s=14, color=color)
+    upper.plot(t, [look.gate for look in guide.looks], "k--", lw=1, label="gate (dots: open)")
+    upper.set(ylabel=guide.nearest.measure, title=case.prompts[0].replace("$", r"\$"))
+    for key, label in (("s1", "s1: despecification"), ("s2", "s2: caption deduplication"), ("sim", "|G_sim| / |eps|")):
+        lower.plot(t, [getattr(look, key).mean() for look in guide.looks], ".-", lw=1, label=f"{label}, mean")
+    lower.axhline(guide.scale - 1, color="0.8", lw=1, label="s0 - 1: their limit")
+    lower.set(xlabel="timestep (noise on the left)", ylabel="guidance")
+    lower.invert_xaxis()
+    for axis in (upper, lower):
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def fill(
+    gallery: Gallery, subject: Subject, frame: pd.DataFrame, args: argparse.Namespace, rows: dict, ablated
+) -> None:
+    """Make the pictures of all rows, and those of the ablated model if there is one."""
+    cases = cases_of(subject, subject.pipe, frame, args)
+    for name, mitigation in rows.items():
+        gallery.fill(name, [sampled(case, mitigation) for case in cases])
+    if ablated:
+        gallery.fill(ABLATION, [sampled(case, None) for case in cases_of(subject, ablated, frame, args)])
+
+
+def make_table(gallery: Gallery, subject: Subject, frame: pd.DataFrame, args, index: Index) -> Table:
+    """What measures the gallery's rows against the training pictures of AMG's index."""
+    spec, clip = subject.spec, Clip(subject.spec.clip, subject.pipe.device)
+    side = subject.pipe.unet.config.sample_size * subject.pipe.vae_scale_factor
+    limits = {name: (*([spec.copy_limits[name]] if name in spec.copy_limits else []), *LIMITS[name]) for name in LIMITS}
+    copying = Copying(training_pictures(index, (side, side)), *second_measure(clip), limits)
+    listed = args.reference or (spec.reference and ROOT / spec.reference)
+    return Table(gallery, frame, args.images, copying, clip, Reference(Index(listed), clip) if listed else None)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    add_study_arguments(parser)
+    add_arguments(parser)
+    parser.set_defaults(split="test")
+    add = parser.add_argument
+    add("--memorized", type=int, default=24, metavar="N", help="prompts that are memorized (default: %(default)s)")
+    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
+    add("--images", type=int, default=4, metavar="N", help="noises a prompt (default: %(default)s)")
+    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
+    add("--index", type=Path, metavar="DIR", help="of the training pictures (default: of those in the model's list)")
+    add("--reference", type=Path, metavar="INDEX", help="pixels of pictures as they should look, for the Frechet "
+        "distance (default: the model's config)")  # fmt: skip
+    add("--ablated", metavar="FOLDER", help="a model whose memorized prompts were ablated, for a row of its own")
     args = parser.parse_args()
-    study, settings, out, copy = make_study(args, "amg")
-    with ResultStore(out, settings, {}) as store:
-        run(study, VARIANTS, store)
-    rows = pd.DataFrame(read_lines(out / "scores.jsonl")[0])
-    table = table_of(rows, Variant._fields, copy, args.resamples)
-    print(markdown(table.round(3).astype(object).fillna("")))
-    write_atomically(out / "table.csv", table.round(4).to_csv(index=False))
-    draw(study.cases[0], AMG(**study.mitigation_settings["amg"]), out / "trajectory.png")
-    print(f"{out}/table.csv, trajectory.png")
+    if min(args.memorized, args.ordinary, args.images) < 1 or not 3 <= args.steps <= 500:
+        parser.error("--memorized, --ordinary and --images are at least 1, --steps from 3 to 500")
+    if args.memorized * args.images < 2:
+        parser.error("a Frechet distance needs two pictures of memorized prompts or more")
+    spec = find_model(args.model)
+    if not spec.clip:
+        raise InputError(f"{spec.name}: needs a CLIP checkpoint in its config, for the text alignment")
+    subject = open_subject(args, "amg", images=True)
+    ablated = args.ablated and load_pipeline(
+        find_model(args.ablated), subject.settings["dtype"], subject.pipe.device, images=True
+    )
+    listed = args.prompts or ROOT / spec.prompts["prompts"]
+    frame = subject.frame.assign(picture=picture_files(subject.frame, listed))
+    frame = chosen_prompts(frame, args.memorized, args.ordinary)
+    amg = {**spec.amg, "index": str(args.index or own_index(spec))}
+    nearest = AMG(**amg).nearest()
+    settings = {
+        **subject.settings, **{name: vars(args)[name] for name in ("memorized", "ordinary", "images", "steps")},
+        "guidance_scale": spec.guidance_scale, "amg": AMG(**amg).record(), "ablated": ablated and revision_of(ablated),
+    }  # fmt: skip
+    first, second = methods(amg), parts(amg, nearest.measure)
+    with ResultStore(subject.out, settings, {}) as store:
+        gallery = Gallery(store)
+        fill(gallery, subject, frame, args, first | second, ablated)
+    measure = make_table(gallery, subject, frame, args, nearest.index)
+    names = [*first, *([ABLATION] if ablated else []), *second]
+    rows = {name: measure.row(name) for name in tqdm(names, desc="measure", unit="row")}
+    for chosen in (names[: -len(second)], ["base", *second, MAIN]):
+        print(markdown(pd.DataFrame([rows[name] for name in chosen]).round(3)) + "\n")
+    table = pd.DataFrame(rows.values()).round(4)
+    write_atomically(subject.out / "table.csv", table.to_csv(index=False))
+    chosen = [i * args.images for i in np.flatnonzero(frame["label"] == 1)[:14]]
+    strips = {row: np.concatenate(list(gallery.batches(row)))[chosen] for row in SHOWN if row in rows}
+    measure.copying.sheet(strips, subject.out / "sheet.png")
+    draw_trajectory(cases_of(subject, subject.pipe, frame[:1], args)[0], AMG(**amg), subject.out / "trajectory.png")
+    print(f"{subject.out}/table.csv, sheet.png, trajectory.png")
 
 
 if __name__ == "__main__":

@@ -3,41 +3,40 @@
 Pictures from the same noise without AMG, with a gate of two strengths, with a constant gate and without any (always
 guided): how near they are to the training set. AMG lowers the normalised l2 that it is measured by, so the cosine of
 CLIP features to the nearest training picture stands beside it, and a Frechet distance on the same features, to the
-pictures of the index, each counted once. Every finished row keeps its pictures as one PNG, from which the table is made
-again: a killed study goes on where it stopped.
+pictures of the index, each counted once. A killed study goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.index import Index
 from memorization.mitigations.amg import AMG
 from memorization.models import ROOT, find_model, pick_device, revision_of
-from memorization.pictures import to_bytes, to_tensor
+from memorization.pictures import to_bytes
 from memorization.pixel_diffusion import SAMPLERS, amg_guide, load_pixel_model, sample_pixels
-from memorization.plots import save_figure
-from memorization.results import read_json, write_atomically
+from memorization.results import ResultStore, write_atomically
 from memorization.similarity.clip import Clip
-from memorization.similarity.frechet import frechet_distance
-from memorization.similarity.nearest import Nearest
 from memorization.studies.amg import gates
+from memorization.studies.copying import Copying, Reference, training_pictures
+from memorization.studies.gallery import Gallery
 from memorization.tables import markdown
+
+AT_ONCE = 32
+LIMITS = {"nl2": (1.4, 1.6), "clip": (0.9,)}
+SHOWN = 12  # pictures of the sheet
 
 
 def variants(measure: str) -> dict[str, dict | None]:
     """Settings of AMG by the name of a row; None for plain sampling."""
-    return {"none": None, "main": {}, "strong": {"strength": 1.13}, **gates(measure)}
+    return {"base": None, "amg main": {}, "amg strong": {"strength": 1.13}, **gates(measure)}
 
 
 def labels_of(index: Index, count: int) -> torch.Tensor:
@@ -47,60 +46,17 @@ def labels_of(index: Index, count: int) -> torch.Tensor:
     return torch.tensor([classes.index(index.captions[i]) for i in drawn])
 
 
-def generated(name: str, settings: dict | None, pipe, args: argparse.Namespace, labels, out: Path) -> np.ndarray:
-    """The pictures of a variant, uint8 ``(count, h, w, 3)``: made, or read from ``out`` where they are there."""
-    side = pipe.unet.config.sample_size
-    columns = int(np.ceil(args.count**0.5))
-    path = out / f"{name.replace(' ', '-')}.png"
-    if not path.exists():
-        amg = settings is not None and AMG(index=str(args.index), preset=args.preset, **settings)
-        started = time.perf_counter()
-        pictures = to_bytes(sample_pixels(
-            pipe, args.count, labels=labels, sampler=args.sampler, steps=args.steps, seed=args.seed, name=name,
-            guide_of=partial(amg_guide, amg) if amg else None,
+def batches(pipe, args: argparse.Namespace, labels: torch.Tensor | None, amg: AMG | None) -> list:
+    """What makes the pictures of a row, a batch at a time."""
+
+    def make(numbers: range) -> np.ndarray:
+        return to_bytes(sample_pixels(
+            pipe, numbers, labels=None if labels is None else labels[numbers.start : numbers.stop], seed=args.seed,
+            sampler=args.sampler, steps=args.steps, guide=amg_guide(amg) if amg else None,
         ))  # fmt: skip
-        seconds = (time.perf_counter() - started) / args.count
-        blank = np.zeros((columns * columns - len(pictures), side, side, 3), np.uint8)
-        rows = np.concatenate([pictures, blank]).reshape(columns, columns, side, side, 3)
-        mosaic = Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(columns * side, columns * side, 3))
-        write_atomically(out / f"{path.stem}.json", json.dumps({"seconds": round(seconds, 4)}) + "\n")
-        mosaic.save(path.with_suffix(".new"), "PNG")
-        path.with_suffix(".new").replace(path)
-    tiles = np.asarray(Image.open(path)).reshape(columns, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(-1, side, side, 3)[: args.count]
 
-
-def measured(pictures: np.ndarray, nearest: Nearest, clip: Clip, training: np.ndarray) -> dict:
-    """What a row of the table holds of one variant."""
-    tensors = to_tensor(pictures)
-    rows = torch.cat([nearest.find(part) for part in tensors.split(64)])
-    nl2 = -torch.cat([nearest.nearness(*part) for part in zip(tensors.split(64), rows.split(64), strict=True)]).numpy()
-    features = clip.pictures(pictures).numpy()
-    cosine = (features * training[rows[:, 0]]).sum(1)
-    found = {
-        "nl2 5%": np.quantile(nl2, 0.05), "nl2 lowest": nl2.min(),
-        "nl2 < 1.4": (nl2 < 1.4).mean(), "nl2 < 1.6": (nl2 < 1.6).mean(),
-        "clip cosine 95%": np.quantile(cosine, 0.95), "clip cosine > .9": (cosine > 0.9).mean(),
-        "Frechet": frechet_distance(features, training),
-    }  # fmt: skip
-    return {name: float(value) for name, value in found.items()}
-
-
-def draw(chosen: dict[str, np.ndarray], nearest: Nearest, path: Path, count: int = 12) -> None:
-    """Nearest training picture | plain | each variant, for the ``count`` plain pictures that are nearest."""
-    import matplotlib.pyplot as plt
-
-    tensors = to_tensor(chosen["none"])
-    rows = nearest.find(tensors)
-    order = nearest.nearness(tensors, rows).argsort(descending=True)[:count]
-    training = to_bytes(nearest.index.vectors(rows[order, 0].tolist()).unflatten(1, tensors.shape[1:]))
-    strips = {"nearest training picture": training, **{name: made[order.numpy()] for name, made in chosen.items()}}
-    figure, axes = plt.subplots(len(strips), 1, figsize=(count * 0.75, len(strips) * 0.95))
-    for axis, (name, pictures) in zip(axes, strips.items(), strict=True):
-        axis.imshow(np.concatenate(list(pictures), axis=1))
-        axis.set_title(name, fontsize=8, loc="left", pad=2)
-        axis.axis("off")
-    save_figure(figure, path)
+    starts = range(0, args.count, AT_ONCE)
+    return [partial(make, range(start, min(start + AT_ONCE, args.count))) for start in starts]
 
 
 def main() -> None:
@@ -115,7 +71,7 @@ def main() -> None:
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--out", type=Path, metavar="DIR", help="default: results/studies/amg_pixel/<model>-<sampler>")
+    add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
     args = parser.parse_args()
     if args.count < 2 or args.steps < 2 or args.seed < 0:
         parser.error("--count and --steps are at least 2, --seed at least 0")
@@ -125,30 +81,31 @@ def main() -> None:
     side = pipe.unet.config.sample_size
     if nearest.index.size != (side, side):
         raise InputError(f"{args.index}: build it with --size {side} {side}, the size of the model's pictures")
-    out = args.out or ROOT / "results/studies/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
+    out = args.out or ROOT / "results/local/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
-        name: str(vars(args)[name]) for name in ("model", "index", "preset", "count", "steps", "sampler", "seed")
-    }
-    settings |= {"model": Path(args.model).name, "revision": revision_of(pipe), "index": nearest.index.digest}
-    settings["terms"] = vars(AMG(preset=args.preset).terms(nearest.measure))
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
-        raise InputError(f"{out} holds pictures of other settings; choose another --out")
-    write_atomically(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
+        "revision": revision_of(pipe), "amg": AMG(index=str(args.index), preset=args.preset).record(),
+    }  # fmt: skip
     labels = labels_of(nearest.index, args.count) if pipe.unet.config.num_class_embeds else None
-    chosen = {
-        name: generated(name, values, pipe, args, labels, out) for name, values in variants(nearest.measure).items()
-    }
-    pictures = nearest.index.vectors(slice(None)).unflatten(1, (3, *nearest.index.size))
-    training = clip.pictures(to_bytes(pictures)).numpy()
+    rows = variants(nearest.measure)
+    with ResultStore(out, settings, {}) as store:
+        gallery = Gallery(store)
+        for name, changed in rows.items():
+            amg = None if changed is None else AMG(index=str(args.index), preset=args.preset, **changed)
+            gallery.fill(name, batches(pipe, args, labels, amg))
+    pictures = {name: np.concatenate(list(gallery.batches(name))) for name in rows}
+    training = training_pictures(nearest.index, nearest.index.size)
+    reference = Reference(nearest.index, clip)
+    copying = Copying(training, "clip", reference.embed, LIMITS)
     table = pd.DataFrame([
-        {"guidance": name, **measured(made, nearest, clip, training),
-         "seconds": read_json(out / f"{name.replace(' ', '-')}.json")["seconds"]}
-        for name, made in chosen.items()
+        {"row": name, **copying.columns(copying(made)), "Frechet": reference.distance(reference.embed(made)),
+         "s / picture": gallery.seconds(name)}
+        for name, made in pictures.items()
     ])  # fmt: skip
     print(markdown(table.round(3)))
     write_atomically(out / "table.csv", table.round(4).to_csv(index=False))
-    draw(chosen, nearest, out / "sheet.png")
+    closest = copying.distances(pictures["base"]).min(1).argsort()[:SHOWN]
+    copying.sheet({name: made[closest] for name, made in pictures.items()}, out / "sheet.png")
     print(f"{out}/table.csv, sheet.png")
 
 

@@ -1,0 +1,58 @@
+"""Pictures of the rows of a table, each made once and kept as ``<folder>/<row>/<number>.png``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from memorization.pictures import read_picture
+from memorization.results import ResultStore, read_lines
+
+
+class Gallery:
+    """The pictures of a study. A batch counts as made once its line is in the store, so a killed study goes on."""
+
+    def __init__(self, store: ResultStore) -> None:
+        self.store = store
+
+    def _made(self, row: str) -> list[dict]:
+        return [line for line in read_lines(self.store.scores)[0] if line["row"] == row]
+
+    def fill(self, row: str, batches: Sequence[Callable[[], np.ndarray]]) -> None:
+        """Make the batches of ``row`` that are not there; each gives uint8 ``(n, h, w, 3)``."""
+        done = len(self._made(row))
+        if done == len(batches):
+            return
+        if not self.store.started:
+            self.store.start()
+        (self.store.folder / row).mkdir(exist_ok=True)
+        first = sum(line["pictures"] for line in self._made(row))
+        for make in tqdm(batches[done:], desc=row, unit="batch", initial=done, total=len(batches)):
+            started = time.perf_counter()
+            pictures = make()
+            seconds = round(time.perf_counter() - started, 3)
+            for number, picture in enumerate(pictures, first):
+                Image.fromarray(picture).save(self._path(row, number))
+            first += len(pictures)
+            self.store.append([{"id": self.store.done, "row": row, "pictures": len(pictures), "seconds": seconds}])
+
+    def _path(self, row: str, number: int) -> Path:
+        return self.store.folder / row / f"{number:05d}.png"
+
+    def batches(self, row: str) -> Iterator[np.ndarray]:
+        """The pictures of ``row``, a batch at a time."""
+        first = 0
+        for line in self._made(row):
+            numbers = range(first, first + line["pictures"])
+            yield np.stack([read_picture(self._path(row, number), None) for number in numbers])
+            first = numbers.stop
+
+    def seconds(self, row: str) -> float:
+        """To make a picture of ``row``."""
+        made = self._made(row)
+        return sum(line["seconds"] for line in made) / sum(line["pictures"] for line in made)
