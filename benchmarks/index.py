@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""Search in an index of training pictures by its size: exact, and by FAISS if installed; batches of 64 queries.
+"""An index of training pictures: building it, and searching in it by its size, 64 queries at once.
 
-python benchmarks/index.py                          10,000 and 100,000 made-up SSCD-like features
-python benchmarks/index.py --sizes 1000000
+python benchmarks/index.py                          10,000 and 100,000 made-up SSCD-like features; 256 pictures built
+python benchmarks/index.py --sizes 1000000 --build 0
+
+Search is exact, and by FAISS if that is installed. Pictures are JPEG files of 512 x 512; features are made by the shipped
+testbed's networks (latents, clip), and by SSCD if its weights are there.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from memorization.approximate import NAME, compress  # noqa: E402
 from memorization.errors import ArgumentParser, InputError, run_script  # noqa: E402
-from memorization.index import Index  # noqa: E402
+from memorization.index import FEATURES, SIZED, Index, build  # noqa: E402
 from memorization.tables import markdown  # noqa: E402
 
 WIDTH, QUERIES, K = 512, 64, 50
@@ -48,9 +52,32 @@ def seconds(work) -> tuple[float, object]:
     return time.perf_counter() - started, result
 
 
+def build_times(count: int) -> pd.DataFrame:
+    """Seconds and bytes a picture, for every kind of features that can be had."""
+    models = {"latents": str(ROOT / "testbed/models/testbed-eps"), "clip": str(ROOT / "testbed/models/clip")}
+    rng, rows = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory() as name:
+        pictures = Path(name) / "pictures"
+        pictures.mkdir()
+        for i in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            small.resize((512, 512), Image.Resampling.BICUBIC).save(pictures / f"{i:06d}.jpg")
+        for kind in FEATURES:
+            size = (64, 64) if kind in SIZED else None
+            try:
+                took, index = seconds(lambda k=kind, s=size: build(pictures, Path(name) / k, k, s, models.get(k)))
+            except InputError as error:
+                print(error, file=sys.stderr)
+                continue
+            row = index.features[0].nbytes
+            rows.append({"features": kind, "pictures": count, "ms a picture": 1000 * took / count, "bytes a picture": row})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--build", type=int, default=256, metavar="N", help="pictures; 0: none (default: %(default)s)")
     args = parser.parse_args()
     if min(args.sizes) < QUERIES:
         parser.error(f"--sizes are at least {QUERIES}")
@@ -77,6 +104,8 @@ def main() -> None:
                 print(error, file=sys.stderr)
             rows.append(row)
     print(markdown(pd.DataFrame(rows).round(3)))
+    if args.build:
+        print("\n" + markdown(build_times(args.build).round(2)))
 
 
 if __name__ == "__main__":

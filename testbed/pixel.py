@@ -27,7 +27,7 @@ from testbed.fit import fit
 from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, usable_table
 
 SIZE = 32
-LEVELS, PER_LEVEL, UNIQUE = (4, 8, 16, 32), 12, 2000
+LEVELS, PER_LEVEL, UNIQUE = (8, 16, 32, 64), 8, 1500
 INDEX = HERE / "pixel-index"
 STEPS, BATCH = {"uncond": 2400, "class": 1200}, 32
 UNET = dict(

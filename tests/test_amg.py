@@ -49,6 +49,13 @@ def pictures(count=4):
     return torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
 
 
+def neighbours_of(nearest, clean):
+    """(rows of the neighbours, sigma)."""
+    features = nearest.describe(clean)
+    rows = nearest.find(features.detach())
+    return rows, nearest.nearness(features, rows)
+
+
 def guide_of(nearest, guidances, terms, scale=7.5, every=1):
     """A guide on latents that are the pictures themselves; another caption's eps is its length everywhere."""
 
@@ -70,10 +77,10 @@ def point_of(clean, t=500, alpha=0.8):
 def test_nearness_is_the_published_one_and_so_is_its_gradient(nearest):
     x = pictures()
     training = nearest.index.vectors(slice(None)).unflatten(1, (3, *SIZE))
-    rows = nearest.find(x)
-    sigma = nearest.nearness(x, rows)
+    rows = nearest.find(nearest.describe(x))
+    sigma = nearest.nearness(nearest.describe(x), rows)
     assert torch.allclose(-sigma.float(), normalized_l2(x, training, 50).min(1).values, atol=1e-5)
-    assert torch.autograd.gradcheck(lambda p: nearest.nearness(p, rows), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda p: nearest.nearness(nearest.describe(p), rows), x.requires_grad_())
 
 
 def test_gate_rises_to_its_end_and_strength_moves_it():
@@ -111,14 +118,13 @@ def test_each_guidance_is_its_formula(nearest):
     terms = replace(
         find_terms("paper-main", "nl2"), gate_start=9, gate_end=9, c1=1.0, c2=0.5, c3=3.0, sim_above=None, sim_rate=0.0
     )  # always open
-    rows = nearest.find(clean)
-    sigma = nearest.nearness(clean, rows)
+    rows, sigma = neighbours_of(nearest, clean)
     m = sigma + 2
     s1 = m.clamp(0, 6.5)
     s2 = torch.minimum((0.5 * m).clamp_min(0), 6.5 - s1)
     lengths = torch.tensor([float(len(nearest.index.captions[i])) for i in rows[:, 0]])
     x = clean.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(nearest.nearness(x, rows).sum(), x)
+    (gradient,) = torch.autograd.grad(nearest.nearness(nearest.describe(x), rows).sum(), x)
 
     def wide(v):
         return v[:, None, None, None]
@@ -150,7 +156,7 @@ def test_dissimilarity_grows_with_the_excess_and_towards_the_last_step():
 def test_a_guided_step_lowers_the_nearness_and_a_closed_row_is_left_alone(nearest):
     training = nearest.index.vectors([5, 9]).unflatten(1, (3, *SIZE)).double()
     clean = torch.cat([training * 0.95, pictures(2)])
-    before = nearest.nearness(clean, nearest.find(clean))
+    neighbours, before = neighbours_of(nearest, clean)
     point, _ = point_of(clean)
     for guidances in ({"sim"}, {"sim", "spe"}):
         guide = guide_of(nearest, guidances, find_terms("paper-main", "nl2", 0.5, c3=0.5))
@@ -160,7 +166,7 @@ def test_a_guided_step_lowers_the_nearness_and_a_closed_row_is_left_alone(neares
         assert torch.equal(after_eps[2:], (point.uncond + 7.5 * point.guidance)[2:])
         if guidances == {"sim"}:
             after = (point.latents - point.sigma * after_eps) / point.alpha
-            lowered = nearest.nearness(after, nearest.find(clean))
+            lowered = nearest.nearness(nearest.describe(after), neighbours)
             assert (lowered[:2] < before[:2]).all()
 
 
@@ -192,7 +198,7 @@ def test_duplication_counts_where_the_preset_asks_for_it(nearest):
     terms = replace(find_terms("paper-main", "nl2", c1=0.1, c2=0.5), min_captions=3)
     guide = guide_of(nearest, {"dup"}, terms)
     guide(0, point_of(clean)[0])
-    assert nearest.index.multiplicity(nearest.find(clean)) == [3, 1]
+    assert nearest.index.multiplicity(neighbours_of(nearest, clean)[0]) == [3, 1]
     assert (guide.looks[0].s2 > 0).tolist() == [True, False]
 
 
@@ -229,13 +235,12 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
     made = build(index_folder.parent, tmp_path / "clip", "clip", None, str(ROOT / "testbed/models/clip"))
     nearest = Nearest(made)
     x = pictures(2).float()
-    rows = nearest.find(x)
-    sigma = nearest.nearness(x.requires_grad_(), rows)
+    rows, sigma = neighbours_of(nearest, x.requires_grad_())
     (gradient,) = torch.autograd.grad(sigma.sum(), x)
     step = 1e-2 * gradient / gradient.norm()
     with torch.no_grad():
-        risen = nearest.nearness(x + step, rows).sum() - nearest.nearness(x - step, rows).sum()
-    assert risen.item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
+        above, below = (nearest.nearness(nearest.describe(x + sign * step), rows).sum() for sign in (1, -1))
+    assert (above - below).item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
     assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "clip"
 
 

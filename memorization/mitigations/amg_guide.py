@@ -13,6 +13,8 @@ from local_sd_pipeline import NoisePrediction
 from memorization.mitigations.amg_terms import Terms
 from memorization.similarity.nearest import Nearest
 
+AT_ONCE = 8  # pictures that are decoded together
+
 
 class Look(NamedTuple):
     """What one look at the nearest training pictures said, on the CPU."""
@@ -58,33 +60,46 @@ class AntiMemorization:
         if len(rows) == 0:
             return eps
         x0 = (point.latents[rows] - point.sigma * eps[rows]) / point.alpha
-        with torch.no_grad():
-            pictures = self.decode(x0)
-            neighbours = self.nearest.find(pictures).to(eps.device)
-            sigma = self.nearest.nearness(pictures, neighbours)
-        if not sigma.isfinite().all():
-            raise FloatingPointError("amg: the nearness to the training pictures is NaN or infinite")
-        nl2 = self.nearest.measure == "nl2"
         gate = self.terms.gate(point.timestep)
-        excess = sigma + gate if nl2 else sigma - gate
+        looked = [self._look(chunk, gate) for chunk in x0.split(AT_ONCE)]
+        neighbours, sigma, excess, gradient = (torch.cat(parts) for parts in zip(*looked, strict=True))
         opened = excess > 0
         self.due[rows.cpu()] = step + torch.where(opened | self.terms.ungated_spe, 1, self.every).cpu()
-        s1, s2 = self.terms.scales(sigma + 2 if nl2 else sigma, self.scale, "spe" in self.guidances)
+        m = sigma + 2 if self.nearest.measure == "nl2" else sigma
+        s1, s2 = self.terms.scales(m, self.scale, "spe" in self.guidances)
         s1 = s1 * (opened | self.terms.ungated_spe)
         s2 = s2 * opened * ("dup" in self.guidances) * self._often(neighbours).to(s2)
-        change = -s1[:, None, None, None] * point.guidance[rows]
+        change = -_wide(s1) * point.guidance[rows]
         if (duplicated := s2 > 0).any():
-            change[duplicated] -= s2[duplicated, None, None, None] * self._dup(point, rows, neighbours, duplicated)
-        sim = torch.zeros_like(change)
-        if opened.any() and "sim" in self.guidances:
-            sim[opened] = self._sim(point, x0[opened], neighbours[opened], sigma[opened], excess[opened])
-        share = sim.flatten(1).norm(dim=1) / eps[rows].flatten(1).norm(dim=1)
+            change[duplicated] -= _wide(s2[duplicated]) * self._dup(point, rows, neighbours, duplicated)
+        weight = self.terms.sim_weight(sigma, excess, point.timestep) * point.sigma / point.alpha
+        sim = _wide(weight) * gradient  # equation 17; d x0_hat / d x_t is 1 / alpha, since eps_hat is held constant
         change += sim
+        share = sim.flatten(1).norm(dim=1) / eps[rows].flatten(1).norm(dim=1)
         self.looks.append(Look(point.timestep, gate, *(x.cpu() for x in (rows, sigma, opened, s1, s2, share))))
         acted = opened | (s1 > 0)
         eps = eps.clone()  # rows with a closed gate stay as they are, to the bit
         eps[rows[acted]] += change[acted]
         return eps
+
+    def _look(self, x0: Tensor, gate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Neighbours, sigma, how far it lies above the gate, and its gradient in x0, 0 where the gate is closed.
+
+        Raises:
+            FloatingPointError: sigma is not finite.
+        """
+        clean = x0.detach().requires_grad_("sim" in self.guidances)
+        with torch.set_grad_enabled(clean.requires_grad):
+            features = self.nearest.describe(self.decode(clean))
+            neighbours = self.nearest.find(features.detach()).to(x0.device)
+            sigma = self.nearest.nearness(features, neighbours)
+        if not sigma.isfinite().all():
+            raise FloatingPointError("amg: the nearness to the training pictures is NaN or infinite")
+        excess = sigma.detach() + (gate if self.nearest.measure == "nl2" else -gate)
+        gradient = torch.zeros_like(x0)
+        if clean.requires_grad and (excess > 0).any():
+            (gradient,) = torch.autograd.grad(sigma, clean, (excess > 0).to(sigma))
+        return neighbours, sigma.detach(), excess, gradient
 
     def _often(self, neighbours: Tensor) -> Tensor:
         return torch.tensor(self.nearest.index.multiplicity(neighbours)) >= self.terms.min_captions
@@ -95,13 +110,7 @@ class AntiMemorization:
         places = rows[chosen]
         return self.caption_eps(point.latents[places], point.timestep, captions) - point.uncond[places]
 
-    def _sim(self, point: NoisePrediction, x0: Tensor, neighbours: Tensor, sigma: Tensor, excess: Tensor) -> Tensor:
-        """Equation 17; d x0_hat / d x_t is 1 / alpha, since eps_hat is held constant."""
-        parts = []
-        for chunk, near in zip(x0.split(8), neighbours.split(8), strict=True):
-            with torch.enable_grad():
-                clean = chunk.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self.nearest.nearness(self.decode(clean), near).sum(), clean)
-            parts.append(gradient / point.alpha)
-        weight = self.terms.sim_weight(sigma, excess, point.timestep) * point.sigma
-        return weight[:, None, None, None] * torch.cat(parts)
+
+def _wide(v: Tensor) -> Tensor:
+    """``(n,)`` -> ``(n, 1, 1, 1)``."""
+    return v[:, None, None, None]

@@ -39,19 +39,19 @@ class Nearest:
         return "nl2" if self.index.kind in SIZED else self.index.kind
 
     def describe(self, pictures: Tensor) -> Tensor:
-        """Features ``(n, width)``; differentiable."""
-        return pictures.flatten(1) if self.of_latents else self.index.describe(pictures)
+        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable."""
+        described = pictures.flatten(1) if self.of_latents else self.index.describe(pictures)
+        return described.to(pictures.device)
 
     @torch.no_grad()
-    def find(self, pictures: Tensor) -> Tensor:
-        """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of pictures ``(n, 3, h, w)`` in [-1, 1]."""
-        return self.index.search(self.describe(pictures), self.k)[1]
+    def find(self, features: Tensor) -> Tensor:
+        """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of what :meth:`describe` gave."""
+        return self.index.search(features, self.k)[1]
 
-    def nearness(self, pictures: Tensor, rows: Tensor) -> Tensor:
-        """sigma ``(n,)`` on the pictures' device, given the rows of the neighbours."""
-        described = self.describe(pictures).to(pictures.device)
+    def nearness(self, features: Tensor, rows: Tensor) -> Tensor:
+        """sigma ``(n,)`` of what :meth:`describe` gave, and the rows of its neighbours; differentiable."""
         if self.measure != "nl2":
-            return (described * self.index.vectors(rows[:, 0].tolist()).to(described)).sum(1)
-        z = self.index.vectors(rows.flatten().tolist()).to(described).unflatten(0, rows.shape)
-        distance = (described[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
+            return (features * self.index.vectors(rows[:, 0].tolist()).to(features)).sum(1)
+        z = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
+        distance = (features[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
         return -distance[:, 0] / (self.alpha * distance.mean(1))
