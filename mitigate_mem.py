@@ -228,7 +228,7 @@ def main() -> None:
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
-    if dtype == "float16" and (hasattr(mitigation, "lowers") or "sim" in getattr(mitigation, "guidances", "")):
+    if dtype == "float16" and hasattr(mitigation, "lowers"):
         raise InputError(f"{args.method}: gradients are lost in float16; give --dtype float32 or bfloat16")
     pipe = load_pipeline(spec, dtype, device, images=True)
     if device.type == "cuda":

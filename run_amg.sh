@@ -22,7 +22,7 @@ models=("$@")
 for model in "${models[@]}"; do
     ablated=()
     if [ "$model" = testbed-eps ] && [ "$ABLATED" = yes ]; then
-        [ -d testbed/work/ablated/model ] || "$PYTHON" -m testbed.finetune ablated
+        [ -f testbed/work/ablated/model/model_index.json ] || "$PYTHON" -m testbed.finetune ablated
         ablated=(--ablated testbed/work/ablated/model)
     fi
     "$PYTHON" -m memorization.studies.amg --model "$model" --memorized "$MEMORIZED" --ordinary "$ORDINARY" \

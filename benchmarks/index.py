@@ -4,8 +4,8 @@
 python benchmarks/index.py                          10,000 and 100,000 made-up SSCD-like features; 256 pictures built
 python benchmarks/index.py --sizes 1000000 --build 0
 
-Search is exact, and by FAISS if that is installed. Pictures are JPEG files of 512 x 512; features are made by the shipped
-testbed's networks (latents, clip), and by SSCD if its weights are there.
+Search is exact, and by FAISS if that is installed. Pictures are JPEG files of 512 x 512; features are made by the
+shipped testbed's networks (latents, clip), and by SSCD if its weights are there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def build_times(count: int) -> pd.DataFrame:
                 print(error, file=sys.stderr)
                 continue
             row = index.features[0].nbytes
-            rows.append({"features": kind, "pictures": count, "ms a picture": 1000 * took / count, "bytes a picture": row})
+            rows.append(
+                {"features": kind, "pictures": count, "ms a picture": 1000 * took / count, "bytes a picture": row}
+            )
     return pd.DataFrame(rows)
 
 

@@ -55,6 +55,8 @@ def compress(index: Index, folder: Path, lists: int | None = None, code: int = 6
     faiss = faiss_module()
     width = index.features.shape[1]
     lists = lists or round(4 * len(index) ** 0.5)
+    if lists < 1:
+        raise InputError(f"--lists {lists}: at least 1")
     if code < 1 or width % code:
         raise InputError(f"--code {code}: no divisor of the features' width, {width}")
     if len(index) < max(39 * lists, 39 * 256):

@@ -18,29 +18,25 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from memorization import approximate
+from memorization.descriptors import FEATURES, SIZED, Describe, descriptor
 from memorization.errors import ArgumentParser, InputError, run_script
 from memorization.images import list_images
-from memorization.models import ROOT, ModelSpec, load_autoencoder
-from memorization.pictures import encode_pixels, read_picture, to_tensor
+from memorization.models import ROOT, ModelSpec, pick_device
+from memorization.pictures import read_picture, to_tensor
 from memorization.prompts import read_prompts
 from memorization.results import read_json, write_atomically
-from memorization.similarity.clip import Clip
 from memorization.similarity.pixel import l2
-from memorization.similarity.sscd import SSCD
 
-FEATURES = ("pixels", "latents", "sscd", "clip")
-SIZED = ("pixels", "latents")  # compared by l2, at one size
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
 
 
@@ -55,29 +51,40 @@ class Index:
         features: memory-mapped, ``(pictures, width)``.
         candidates: of the approximate search, where the index was compressed.
         digest: tells its content from another's.
-        paths, captions: of every picture.
+        paths, captions, files: of every picture: its name in the list, its text, and where it was read (a file of the
+            project relative to it).
+
+    Args:
+        approximately: use what ``compress`` wrote, if it is there.
 
     Raises:
-        InputError: the folder holds no finished index.
+        InputError: the folder holds no whole index.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, approximately: bool = True) -> None:
         if not (folder / "index.json").is_file():
             raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
-        record = read_json(folder / "index.json")
-        self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
-        self.model = record.get("model")
         items = _items(folder)
         if not items:
             raise InputError(f"{folder}: the index holds no picture")
-        self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
+        record = read_json(folder / "index.json")
+        try:
+            self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
+            self.model, width = record.get("model"), record["width"]
+            self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder}: index.json or items.jsonl is damaged ({error}); build the index anew"
+            ) from None
+        self.files = [item.get("file", item["path"]) for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32
-        features, shape = folder / "features.bin", (len(items), record["width"])
-        if features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
-            raise InputError(f"{features}: is cut short; build the index anew")
+        features, shape = folder / "features.bin", (len(items), width)
+        if not features.is_file() or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
+            raise InputError(f"{features}: is missing or cut short; the same build command makes it whole")
         self.features = np.memmap(features, dtype, "r", shape=shape)
         compressed = folder / approximate.NAME
-        self.candidates = approximate.Candidates(compressed, len(items)) if compressed.exists() else None
+        found = approximately and compressed.exists()
+        self.candidates = approximate.Candidates(compressed, len(items)) if found else None
         # The features follow from what is listed here and from how they are made.
         self.digest = hashlib.sha256(json.dumps([record, self.paths, self.captions]).encode()).hexdigest()[:16]
 
@@ -85,9 +92,16 @@ class Index:
         return len(self.paths)
 
     @cached_property
-    def describe(self) -> Callable[[Tensor], Tensor]:
-        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1]; differentiable."""
-        return describer(self.kind, self.size, self.model)
+    def describe(self) -> Describe:
+        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable.
+
+        Raises:
+            InputError: the network cannot be had, or is another than the index was made with.
+        """
+        describe, name = descriptor(self.kind, self.size, self.model)
+        if name != self.model:
+            raise InputError(f"the index was made with {self.model}, here is {name}; build it anew")
+        return describe
 
     def vectors(self, rows: Sequence[int] | slice) -> Tensor:
         """``rows`` as they are compared, float32: pixels in [-1, 1] or latents, flattened; or unit vectors."""
@@ -132,35 +146,18 @@ class Index:
         return torch.stack(distances), torch.stack(rows)
 
     def multiplicity(self, rows: Tensor) -> list[int]:
-        """How often the caption of the first of ``rows (n, k)`` occurs among all of them, a count a query."""
+        """How often the caption of the first of ``rows (n, k)`` occurs among all of them; 0 where it is empty."""
         captions = [[self.captions[i] for i in neighbours] for neighbours in rows.tolist()]
-        return [Counter(own)[own[0]] for own in captions]
-
-
-def describer(kind: str, size: tuple[int, int] | None, model: str | None) -> Callable[[Tensor], Tensor]:
-    """What makes features of pictures ``(n, 3, h, w)`` in [-1, 1]."""
-    if kind == "sscd":
-        return SSCD().describe
-    if kind == "clip":
-        return Clip(model).describe
-
-    def resized(pictures: Tensor) -> Tensor:
-        if tuple(pictures.shape[-2:]) == size:
-            return pictures
-        return interpolate(pictures, size, mode="bicubic", antialias=True)
-
-    if kind == "pixels":
-        return lambda pictures: resized(pictures).flatten(1)
-    vae = load_autoencoder(model)
-    return lambda pictures: encode_pixels(vae, resized(pictures)).flatten(1)
+        return [Counter(own)[own[0]] if own[0] else 0 for own in captions]
 
 
 def _items(folder: Path) -> list[dict]:
     path = folder / "items.jsonl"
     content = path.read_bytes() if path.exists() else b""
-    return [
-        json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()
-    ]  # bytes: captions may hold U+2028
+    try:
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); build the index anew, in another folder") from None
 
 
 def listed(source: Path) -> list[dict]:
@@ -185,7 +182,7 @@ def listed(source: Path) -> list[dict]:
 
 def build(
     source: Path, folder: Path, kind: str, size: tuple[int, int] | None = None, model: str | None = None,
-    *, at_once: int = 64,
+    *, at_once: int = 64, device: str = "cpu",
 ) -> Index:  # fmt: skip
     """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
 
@@ -201,32 +198,33 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
-    describe, raw = describer(kind, size, model), kind == "pixels"
-    width = describe(torch.zeros(1, 3, *(size or (64, 64)))).shape[1]
-    record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": model} if model else {})
+    device = pick_device(device)
+    (describe, name), raw = descriptor(kind, size, model), kind == "pixels"
+    width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=device)).shape[1]
+    record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": name} if name else {})
     if not (folder / "index.json").exists():
         write_atomically(folder / "index.json", json.dumps(record) + "\n")
     if read_json(folder / "index.json") != record:
-        raise InputError(f"{folder}: holds an index of another kind or size; choose another --out")
+        raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
     row = width * (1 if raw else 4)  # bytes
     with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
         try:
             fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is building this index") from None
-        done = _items(folder)
-        features.truncate(len(done) * row)  # what a killed build wrote of its last batch goes
+        # What a killed build wrote of its last batch goes, and what lost its features is made again.
+        done = _items(folder)[: (folder / "features.bin").stat().st_size // row]
+        features.truncate(len(done) * row)
         items.truncate(sum(len(_line(item)) for item in done))
         new = _new(listed(source), done, source)
-        if new:  # what was compressed does not know them
-            (folder / approximate.NAME).unlink(missing_ok=True)
-        for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures"):
+        for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures", disable=not new):
             batch = [(item, picture) for item in new[start : start + at_once]
-                     if (picture := _read(Path(item["file"]), size)) is not None]  # fmt: skip
+                     if (picture := _read(ROOT / item["file"], size)) is not None]  # fmt: skip
             if not batch:
                 continue
+            (folder / approximate.NAME).unlink(missing_ok=True)  # what was compressed does not know them
             pictures = [picture for _, picture in batch]
-            found = np.stack(pictures).transpose(0, 3, 1, 2) if raw else _describe(describe, pictures)
+            found = np.stack(pictures).transpose(0, 3, 1, 2) if raw else _describe(describe, pictures, device)
             features.write(np.ascontiguousarray(found).tobytes())
             features.flush()
             items.write(b"".join(_line(item) for item, _ in batch))
@@ -238,10 +236,15 @@ def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
     """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
     wanted = {}
     for item in items:
-        item = {**item, "file": str(_place(item["path"], source).resolve())}
+        item = {**item, "file": _in_project(_place(item["path"], source).resolve())}
         wanted.setdefault(item["file"], item)
-    known = {item.get("file") for item in done}
+    known = {_in_project(Path(item["file"])) for item in done if "file" in item}
     return [item for file, item in wanted.items() if file not in known]
+
+
+def _in_project(path: Path) -> str:
+    """A file of the project relative to it, so that the project can be moved; others as they are."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def _place(name: str, source: Path) -> Path:
@@ -256,18 +259,27 @@ def own_index(spec: ModelSpec) -> Path:
     Raises:
         InputError: it has no list with pictures.
     """
-    listed = ROOT / spec.prompts.get("prompts", "")
-    if not listed.is_file() or "image" not in read_prompts(listed):
+    source = ROOT / spec.prompts.get("prompts", "")
+    if not source.is_file() or "image" not in read_prompts(source):
         raise InputError(f"model {spec.name!r} has no list of training pictures: python -m memorization.index build")
     folder = ROOT / "results" / "local" / f"{spec.name}-index"
-    build(listed, folder, "pixels", (64, 64))
+    build(source, folder, "pixels", (64, 64))
     return folder
 
 
 @torch.no_grad()
-def _describe(describe: Callable[[Tensor], Tensor], pictures: list[np.ndarray]) -> np.ndarray:
-    """Features of pictures of any size, float32 ``(n, width)``."""
-    return torch.cat([describe(to_tensor(picture[None])) for picture in pictures]).numpy()
+def _describe(describe: Describe, pictures: list[np.ndarray], device: torch.device | str = "cpu") -> np.ndarray:
+    """Features, float32 ``(n, width)``, of pictures of any size; those of one size together."""
+    places: dict[tuple, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        places.setdefault(picture.shape, []).append(i)
+    found: list = [None] * len(pictures)
+    for rows in places.values():
+        for chunk in (rows[i : i + 8] for i in range(0, len(rows), 8)):
+            made = describe(to_tensor(np.stack([pictures[i] for i in chunk])).to(device)).cpu().numpy()
+            for i, vector in zip(chunk, made, strict=True):
+                found[i] = vector
+    return np.stack(found)
 
 
 def _line(item: dict) -> bytes:
@@ -294,6 +306,7 @@ def main() -> None:
         "Diffusion checkpoint whose autoencoder it is")  # fmt: skip
     make.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of pixels, or of pictures before they "
         "are encoded to latents (default: 64 64; Stable Diffusion's latents: 512 512)")  # fmt: skip
+    make.add_argument("--device", default="auto", help="for the networks of latents, sscd and clip (default: auto)")
     pack = commands.add_parser("compress", help="for more than a few 100,000 pictures: approximate search by FAISS")
     pack.add_argument("index", type=Path)
     pack.add_argument("--lists", type=int, help="of the inverted file (default: 4 sqrt of the pictures)")
@@ -309,10 +322,10 @@ def main() -> None:
         if (args.features in ("clip", "latents")) != bool(args.model):
             parser.error("--features clip or latents, and --model, go together")
         size = tuple(args.size or (64, 64)) if args.features in SIZED else None
-        index = build(args.source, args.out, args.features, size, args.model)
+        index = build(args.source, args.out, args.features, size, args.model, device=args.device)
         print(f"{args.out}: {len(index)} pictures, {index.kind}")
         return
-    index = Index(args.index)
+    index = Index(args.index, approximately=args.command == "search")
     if args.command == "compress":
         print(approximate.compress(index, args.index, args.lists, args.code))
         return
@@ -326,6 +339,9 @@ def main() -> None:
         print(name)
         for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):
             print(f"  {distance:.3f}  {index.paths[row]}  {index.captions[row]}")
+        (times,) = index.multiplicity(rows[None])
+        if times > 1:
+            print(f"  The caption of the first is that of {times} of these {len(rows)}.")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ def load_pixel_model(identifier: str, device: torch.device | str = "cpu") -> DDP
         InputError: it cannot be loaded, or predicts something else than epsilon.
     """
     try:
-        pipe = DDPMPipeline.from_pretrained(
-            identifier, dtype=torch.float32, use_safetensors=True, local_files_only=Path(identifier).is_dir()
-        )
+        folder = identifier if Path(identifier).is_dir() else DDPMPipeline.download(identifier, use_safetensors=True)
+        pipe = DDPMPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{identifier}: cannot be loaded as a DDPM in safetensors ({reason})") from None
@@ -52,8 +51,9 @@ def amg_guide(amg: AMG) -> AntiMemorization:
     """A fresh guide of dissimilarity for one batch of pictures."""
     nearest = amg.nearest()
     return AntiMemorization(
-        nearest, amg.terms(nearest.measure), frozenset({"sim"}), 1.0, int(amg.every), lambda x: x.clamp(-1, 1)
-    )
+        nearest, amg.terms(nearest.measure), frozenset({"sim"}), 1.0, int(amg.every),
+        lambda x0: nearest.index.describe(x0.clamp(-1, 1)),
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Two pixel-space diffusion models with known duplicates, 32x32: ``python -m testbed.pixel``.
 
-Stages, in order: ``set`` (the training set), ``uncond`` and ``class`` (UNets that predict epsilon). The training set
-is finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at each duplication weight of ``LEVELS``. It ships
-as an index of pixels (``testbed/pixel-index``), whose captions are the classes: Unicode's groups of emoji. The
-class model goes on from the unconditional one. Resumable like ``testbed.train``.
+Stages, in order: ``set`` (the training set), ``uncond`` and ``class`` (UNets that predict epsilon), ``verify`` (what
+they have memorized). The training set is finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at each
+duplication weight of ``LEVELS``. It ships as an index of pixels (``testbed/pixel-index``), whose captions are the
+classes: Unicode's groups of emoji. The class model goes on from the unconditional one. Resumable like
+``testbed.train``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import mse_loss
+from tqdm import tqdm
 
 from memorization.index import Index
+from memorization.pictures import to_bytes
+from memorization.pixel_diffusion import load_pixel_model, sample_pixels
+from memorization.plots import draw_strips
 from memorization.results import write_atomically
+from memorization.similarity.pixel import normalized_l2
 from testbed import data
 from testbed.fit import fit
 from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, usable_table
@@ -30,6 +36,7 @@ SIZE = 32
 LEVELS, PER_LEVEL, UNIQUE = (8, 16, 32, 64), 8, 1500
 INDEX = HERE / "pixel-index"
 STEPS, BATCH = {"uncond": 2400, "class": 1200}, 32
+COPY = 1.0  # nL2 below which a picture is a copy, by eye
 UNET = dict(
     sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -119,20 +126,58 @@ def train(stage: str, work: Path) -> None:
             output = unet(scheduler.add_noise(pictures, noise, t), t, labels if conditional else None).sample
         return mse_loss(output.float(), noise)
 
-    recipe = f"{stage}, {STEPS[stage]} steps" + (f", from {digest(start)}" if conditional else "")
+    recipe = f"{stage}, {STEPS[stage]} steps, set {digest(INDEX, 'features.bin')}" + (
+        f", from {digest(start)}" if conditional else ""
+    )
     fit(unet, loss_of, steps=STEPS[stage], peak=1e-3, folder=work / f"pixel-{stage}", recipe=recipe)
     unet.register_to_config(_name_or_path="")
     DDPMPipeline(unet.half(), scheduler).save_pretrained(MODELS / f"pixel-{stage}")
 
 
+def verify(count: int = 512, shown: int = 24) -> None:
+    """Which training pictures the models give back, by weight: a table, and pairs to look at in docs/pixel.png."""
+    seen, strips, tables = TrainingSet(), {}, {}
+    for stage in STEPS:
+        made = generated(stage, seen, count)
+        nl2, nearest = normalized_l2(made, seen.pictures).min(1)
+        found = pd.DataFrame({"weight": seen.weights[nearest], "picture": nearest, "copy": nl2 < COPY})
+        copies = found[found["copy"]].groupby("weight")["picture"]
+        share = pd.Series(np.unique(seen.weights), np.unique(seen.weights)) / seen.weights.sum()
+        steps = STEPS["uncond"] + (STEPS["class"] if stage == "class" else 0)
+        visits = BATCH * steps * share
+        tables[stage] = pd.DataFrame({"visits": visits, "copies": copies.size() / count, "of": copies.nunique()})
+        order = nl2.argsort()[torch.linspace(0, count / 2, shown).long()]
+        limits = f"nL2 {nl2[order[0]]:.2f} to {nl2[order[-1]]:.2f}, the first {(nl2[order] < COPY).sum()} below {COPY}"
+        strips[f"pixel-{stage}: generated, {limits}"] = to_bytes(made[order])
+        strips[f"pixel-{stage}: nearest training pictures"] = to_bytes(seen.pictures[nearest[order]])
+    draw_strips(strips, HERE.parent / "docs" / "pixel.png")
+    print(pd.concat(tables, axis=1).fillna(0).round(3).to_string())
+
+
+def generated(stage: str, seen: TrainingSet, count: int) -> Tensor:
+    """``count`` pictures of a model, classes as often as it saw them."""
+    pipe = load_pixel_model(str(MODELS / f"pixel-{stage}"))
+    labels = torch.from_numpy(
+        np.random.default_rng(SEED).choice(seen.labels, count, p=seen.weights / seen.weights.sum())
+    )
+    parts = []
+    for rows in tqdm(torch.arange(count).split(BATCH), desc=f"verify pixel-{stage}"):
+        classes = labels[rows] if stage == "class" else None
+        parts.append(sample_pixels(pipe, rows.tolist(), labels=classes, steps=25, seed=1))
+    return torch.cat(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=["set", *STEPS], help="default: all, in order")
+    known = ["set", *STEPS, "verify"]
+    parser.add_argument("stages", nargs="*", choices=known, help="default: all, in order")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="logs and checkpoints (default: %(default)s)")
     args = parser.parse_args()
-    for stage in args.stages or ["set", *STEPS]:
+    for stage in args.stages or known:
         if stage == "set":
             make_set()
+        elif stage == "verify":
+            verify()
         else:
             train(stage, args.work)
 

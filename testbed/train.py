@@ -321,9 +321,9 @@ def separation(unet, scheduler, captions: pd.DataFrame, embedded: dict[str, Tens
     return {"norm_auc": round(roc_auc_score(truth, norm), 4), "cosine_auc": round(roc_auc_score(truth, cosine), 4)}
 
 
-def digest(folder: Path) -> str:
-    """The start of the sha256 of a folder's weights."""
-    weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+def digest(folder: Path, pattern: str = "*.safetensors") -> str:
+    """The start of the sha256 of a folder's weights, or of other files."""
+    weights = b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))
     return hashlib.sha256(weights).hexdigest()[:12]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
 from memorization.index import build
-from memorization.mitigations import Case, Remedy, make_mitigation
+from memorization.mitigations import Case, Remedy, amg_guide, make_mitigation
 from memorization.mitigations.amg import AMG
 from memorization.mitigations.amg_guide import AntiMemorization
 from memorization.mitigations.amg_terms import find_terms
@@ -51,7 +51,7 @@ def pictures(count=4):
 
 def neighbours_of(nearest, clean):
     """(rows of the neighbours, sigma)."""
-    features = nearest.describe(clean)
+    features = nearest.index.describe(clean)
     rows = nearest.find(features.detach())
     return rows, nearest.nearness(features, rows)
 
@@ -62,7 +62,7 @@ def guide_of(nearest, guidances, terms, scale=7.5, every=1):
     def caption_eps(latents, timestep, captions):
         return torch.tensor([len(caption) for caption in captions])[:, None, None, None].expand_as(latents).to(latents)
 
-    return AntiMemorization(nearest, terms, frozenset(guidances), scale, every, lambda x: x, caption_eps)
+    return AntiMemorization(nearest, terms, frozenset(guidances), scale, every, nearest.index.describe, caption_eps)
 
 
 def point_of(clean, t=500, alpha=0.8):
@@ -77,10 +77,10 @@ def point_of(clean, t=500, alpha=0.8):
 def test_nearness_is_the_published_one_and_so_is_its_gradient(nearest):
     x = pictures()
     training = nearest.index.vectors(slice(None)).unflatten(1, (3, *SIZE))
-    rows = nearest.find(nearest.describe(x))
-    sigma = nearest.nearness(nearest.describe(x), rows)
+    rows = nearest.find(nearest.index.describe(x))
+    sigma = nearest.nearness(nearest.index.describe(x), rows)
     assert torch.allclose(-sigma.float(), normalized_l2(x, training, 50).min(1).values, atol=1e-5)
-    assert torch.autograd.gradcheck(lambda p: nearest.nearness(nearest.describe(p), rows), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda p: nearest.nearness(nearest.index.describe(p), rows), x.requires_grad_())
 
 
 def test_gate_rises_to_its_end_and_strength_moves_it():
@@ -124,7 +124,7 @@ def test_each_guidance_is_its_formula(nearest):
     s2 = torch.minimum((0.5 * m).clamp_min(0), 6.5 - s1)
     lengths = torch.tensor([float(len(nearest.index.captions[i])) for i in rows[:, 0]])
     x = clean.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(nearest.nearness(nearest.describe(x), rows).sum(), x)
+    (gradient,) = torch.autograd.grad(nearest.nearness(nearest.index.describe(x), rows).sum(), x)
 
     def wide(v):
         return v[:, None, None, None]
@@ -166,7 +166,7 @@ def test_a_guided_step_lowers_the_nearness_and_a_closed_row_is_left_alone(neares
         assert torch.equal(after_eps[2:], (point.uncond + 7.5 * point.guidance)[2:])
         if guidances == {"sim"}:
             after = (point.latents - point.sigma * after_eps) / point.alpha
-            lowered = nearest.nearness(nearest.describe(after), neighbours)
+            lowered = nearest.nearness(nearest.index.describe(after), neighbours)
             assert (lowered[:2] < before[:2]).all()
 
 
@@ -218,6 +218,13 @@ def test_with_its_gate_closed_it_is_plain_sampling_to_the_bit(case, index_folder
     assert not np.array_equal(sample(case, opened(case)), plain)
 
 
+def test_a_row_does_not_depend_on_the_others(case, index_folder, monkeypatch):
+    amg = AMG(index=str(index_folder), strength=10.0)
+    whole = sample(case, amg(case)).astype(float)
+    monkeypatch.setattr(amg_guide, "AT_ONCE", 1)
+    assert np.abs(sample(replace(case, batch_size=2), amg(case)) - whole).max() <= 1
+
+
 def test_what_amg_cannot_do_is_said(case, index_folder):
     for settings, message in (
         ({}, "amg needs an index"),
@@ -239,7 +246,7 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
     (gradient,) = torch.autograd.grad(sigma.sum(), x)
     step = 1e-2 * gradient / gradient.norm()
     with torch.no_grad():
-        above, below = (nearest.nearness(nearest.describe(x + sign * step), rows).sum() for sign in (1, -1))
+        above, below = (nearest.nearness(nearest.index.describe(x + sign * step), rows).sum() for sign in (1, -1))
     assert (above - below).item() == pytest.approx(2e-2 * gradient.norm().item(), rel=0.05)
     assert torch.allclose(made.vectors([0]).norm(), torch.tensor(1.0)) and nearest.measure == "clip"
 

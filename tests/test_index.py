@@ -1,14 +1,18 @@
 """The index of training pictures."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import GOLDEN, load_tiny
 from PIL import Image
 
 from memorization import index
 from memorization.errors import InputError
 from memorization.index import Index, build
+from memorization.pictures import read_picture, to_tensor
 from memorization.similarity.pixel import l2
 
 
@@ -52,7 +56,7 @@ def test_building_goes_on_where_it_stopped_and_adds_what_is_new(folder, tmp_path
     build(folder, killed, "pixels", (8, 8), at_once=4)
     items = (killed / "items.jsonl").read_bytes().splitlines(keepends=True)
     (killed / "items.jsonl").write_bytes(b"".join(items[:4]) + items[4][:7])  # torn
-    with pytest.raises(InputError, match="another kind or size"):
+    with pytest.raises(InputError, match="another kind, size or network"):
         build(folder, killed, "pixels", (4, 4))
     again = build(folder, killed, "pixels", (8, 8), at_once=4)
     assert again.paths == whole.paths and np.array_equal(again.features, whole.features)
@@ -73,12 +77,14 @@ def test_a_picture_is_a_file_whatever_it_is_called(folder, tmp_path, monkeypatch
     assert len(build(other, tmp_path / "index", "pixels", (8, 8))) == 13
 
 
-def test_a_short_file_of_features_is_said(folder, tmp_path):
+def test_a_short_file_of_features_is_said_and_made_whole(folder, tmp_path):
     build(folder, tmp_path / "index", "pixels", (8, 8))
     path = tmp_path / "index" / "features.bin"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(InputError, match="is cut short"):
+    with pytest.raises(InputError, match="is missing or cut short"):
         Index(tmp_path / "index")
+    mended, whole = (build(folder, tmp_path / name, "pixels", (8, 8)) for name in ("index", "whole"))
+    assert torch.equal(mended.vectors(slice(None)), whole.vectors(slice(None))) and mended.paths == whole.paths
 
 
 def test_captions_with_line_separators(folder, tmp_path):
@@ -100,16 +106,35 @@ def test_commands(run_script, folder, tmp_path, capsys):
     run_script(index, "search", tmp_path / "index", listed, folder / "01.png", "-k", 1)
     out, err = capsys.readouterr()
     assert "01.png\n  0.000  pictures/01.png  two" in out and "list.csv" in err and "list.csv" not in out
+    assert "The caption" not in out
+    run_script(index, "build", folder, "--out", tmp_path / "more", "--size", 8, 8)
+    run_script(index, "search", tmp_path / "more", folder / "03.png", "-k", 12)
+    assert "The caption of the first is that of 4 of these 12." in capsys.readouterr().out
     for arguments, message in (
         (("search", tmp_path, folder / "01.png"), "holds no index"),
         (("search", tmp_path / "index", listed), "none of the pictures can be read"),
         (("search", tmp_path / "index", folder / "01.png", "-k", 0), "-k is at least 1"),
         (("build", tmp_path / "nothing", "--out", tmp_path / "other"), "no such file"),
         (("build", listed, "--out", tmp_path / "other", "--size", 0, 0), "at least 1 1"),
+        (("build", listed, "--out", tmp_path / "other", "--features", "clip"), "and --model, go together"),
+        (
+            ("build", listed, "--out", tmp_path / "other", "--features", "latents", "--model", tmp_path),
+            "no autoencoder",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             run_script(index, *arguments)
     assert isinstance(Index(tmp_path / "index"), Index)
+
+
+def test_latents_are_those_of_the_autoencoder(folder, tmp_path):
+    made = build(folder, tmp_path / "index", "latents", (16, 16), str(GOLDEN / "tiny-eps"))
+    pipe = load_tiny("tiny-eps", images=True)
+    with torch.no_grad():
+        pictures = to_tensor(np.stack([read_picture(Path(path), (16, 16)) for path in made.paths]))
+        expected = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor
+    assert torch.allclose(made.vectors(slice(None)), expected.flatten(1), atol=1e-5)
+    assert made.search(made.vectors([1]), 1)[1].tolist() == [[1]]
 
 
 def clustered(count, width=32):

@@ -173,6 +173,11 @@ def test_tables_of_amg(run_script, tmp_path, monkeypatch, capsys):
     assert list(rows.index) == ["base", "gni", "amg main", "amg strong", "ablation", "sim", *amg.gates("nl2")]
     assert rows.loc["amg main", "nl2 top 1"] > rows.loc["base", "nl2 top 1"]
     assert rows.loc["no gate", "ordinary: moved"] > rows.loc["amg main", "ordinary: moved"]
+    values = pd.read_csv(out / "values.csv")
+    assert len(values) == 4 * len(rows)
+    assert values[(values["row"] == "sim") & values["memorized"]]["nl2"].min() == pytest.approx(
+        rows.loc["sim", "nl2 top 1"], abs=1e-3
+    )
     assert (rows["Frechet"] > 0).all() and capsys.readouterr().out.count("| base") == 2
     assert (out / "trajectory.png").stat().st_size > 1000 and (out / "sheet.png").stat().st_size > 1000
 

@@ -15,14 +15,14 @@ an index of latents, x0_hat is compared as it is, and nothing is decoded.
 Deviations. m is sigma for cosines, but sigma + 2 for nL2, whose sigma is never positive: else s1 and s2 were always 0.
 A row whose gate is closed looks again after ``every`` steps only, a row whose gate is open at every step: the decoder
 and the search are paid where something is near. The published code looks twice a step, but leaves the first 21
-pictures alone. For nL2, dissimilarity counts the excess over the gate (as the authors' CIFAR-10 code does) and grows
-towards the last step (as their Stable Diffusion code does). The gates are those of their scripts, and c1 and c2 for
-cosines too; c3 is ours, since its unit depends on the model.
+pictures alone. An index of latents is ours. For nL2, dissimilarity counts the excess over the gate (as the authors'
+CIFAR-10 code does) and grows towards the last step (as their Stable Diffusion code does). The gates are those of their
+scripts, and c1 and c2 for cosines too; c3 is ours, since its unit depends on the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -107,21 +107,25 @@ class AMG:
     def guide(self, case: Case) -> AntiMemorization:
         """A fresh guide for a generation of rows of ``case``."""
         nearest, pipe = self.nearest(), case.pipe
-        latents, width = nearest.index.kind == "latents", case.noise[0].numel()
-        if latents and nearest.index.features.shape[1] != width:
-            raise InputError(f"{self.index}: holds latents of {nearest.index.features.shape[1]} numbers, the model's "
-                f"have {width}; build it with the model's autoencoder and size")  # fmt: skip
+        index, latents = nearest.index, nearest.index.kind == "latents"
+        if latents and index.features.shape[1] != case.noise[0].numel():
+            raise InputError(f"{self.index}: holds latents of {index.features.shape[1]} numbers, the model's have "
+                f"{case.noise[0].numel()}; build it with the model's autoencoder and size")  # fmt: skip
+        if not latents and "sim" in self.guidances and pipe.vae.dtype == torch.float16:
+            raise InputError("amg: gradients are lost in float16; give --dtype float32 or bfloat16")
         embed = cache(lambda caption: pipe.embed([caption])[0])
+
+        def describe(x0: Tensor) -> Tensor:
+            return x0.flatten(1) if latents else index.describe(decode_pixels(pipe, x0))
 
         def caption_eps(latents: Tensor, timestep: int, captions: list[str]) -> Tensor:
             return pipe.predict_noise(latents, timestep, torch.stack([embed(caption) for caption in captions]))
 
         return AntiMemorization(
-            replace(nearest, of_latents=latents), self.terms(nearest.measure), frozenset(self.guidances.split("+")),
-            case.guidance_scale, int(self.every),
-            (lambda x0: x0) if latents else lambda x0: decode_pixels(pipe, x0), caption_eps,
+            nearest, self.terms(nearest.measure), frozenset(self.guidances.split("+")), case.guidance_scale,
+            int(self.every), describe, caption_eps,
         )  # fmt: skip
 
     def __call__(self, case: Case) -> Remedy:
-        self.nearest()
+        self.guide(case)  # what is wrong is said before any picture is made
         return Remedy.unchanged(case, guide=lambda rows: self.guide(case))

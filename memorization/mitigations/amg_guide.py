@@ -35,7 +35,7 @@ class AntiMemorization:
 
     Args:
         scale: s0.
-        decode: x0_hat -> pictures ``(n, 3, h, w)`` in [-1, 1], differentiable.
+        describe: x0_hat -> features as the index holds them, differentiable.
         caption_eps: (latents, timestep, captions) -> eps under other captions; needed for ``dup`` alone.
 
     Attributes:
@@ -47,7 +47,7 @@ class AntiMemorization:
     guidances: frozenset[str]
     scale: float
     every: int
-    decode: Callable[[Tensor], Tensor]
+    describe: Callable[[Tensor], Tensor]
     caption_eps: Callable[[Tensor, int, list[str]], Tensor] | None = None
     looks: list[Look] = field(default_factory=list)
     due: Tensor | None = None  # step of each row's next look
@@ -86,19 +86,19 @@ class AntiMemorization:
         """Neighbours, sigma, how far it lies above the gate, and its gradient in x0, 0 where the gate is closed.
 
         Raises:
-            FloatingPointError: sigma is not finite.
+            FloatingPointError: sigma or its gradient is not finite.
         """
         clean = x0.detach().requires_grad_("sim" in self.guidances)
         with torch.set_grad_enabled(clean.requires_grad):
-            features = self.nearest.describe(self.decode(clean))
+            features = self.describe(clean)
             neighbours = self.nearest.find(features.detach()).to(x0.device)
             sigma = self.nearest.nearness(features, neighbours)
-        if not sigma.isfinite().all():
-            raise FloatingPointError("amg: the nearness to the training pictures is NaN or infinite")
         excess = sigma.detach() + (gate if self.nearest.measure == "nl2" else -gate)
         gradient = torch.zeros_like(x0)
         if clean.requires_grad and (excess > 0).any():
             (gradient,) = torch.autograd.grad(sigma, clean, (excess > 0).to(sigma))
+        if not (sigma.isfinite().all() and gradient.isfinite().all()):
+            raise FloatingPointError("amg: the nearness to the training pictures, or its gradient, is NaN or infinite")
         return neighbours, sigma.detach(), excess, gradient
 
     def _often(self, neighbours: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Clip:
         return normalize(torch.cat(parts), dim=1).cpu()
 
     def describe(self, pictures: Tensor) -> Tensor:
-        """Unit vectors ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], differentiable.
+        """Unit vectors ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable.
 
         The same preparation as :meth:`pictures`, but for the rounding of resized pixels to bytes, and it squeezes a
         picture to the model's size instead of cropping it.
@@ -62,8 +62,7 @@ class Clip:
             torch.tensor(values, device=pictures.device)[:, None, None]
             for values in (self.processor.image_mean, self.processor.image_std)
         )
-        pixels = ((pictures / 2 + 0.5) - mean) / std
-        vision = self.model.vision_model(pixels.to(self.model.device)).pooler_output
+        vision = self.model.to(pictures.device).vision_model(((pictures / 2 + 0.5) - mean) / std).pooler_output
         return normalize(self.model.visual_projection(vision), dim=1)
 
     @torch.no_grad()

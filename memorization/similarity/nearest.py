@@ -6,7 +6,7 @@ Chen, Liu, Xu, CVPR 2024, equations 8 and 9, with n_0 the nearest of an index an
                  sigma = - l2(x, n_0) / (alpha * mean over z of l2(x, z)),   alpha = .5
     SSCD, CLIP   sigma = E(x)^T E(n_0)
 
-Larger is nearer. The neighbours are held constant in the gradient.
+Larger is nearer. The neighbours are held constant in the gradient. Latents and CLIP are not in the paper.
 """
 
 from __future__ import annotations
@@ -16,40 +16,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memorization.index import SIZED, Index
+from memorization.descriptors import SIZED
+from memorization.index import Index
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearness to the pictures of ``index``.
-
-    Args:
-        of_latents: whether it is asked about latents instead of pictures, for an index of latents: then neither
-            decoder nor encoder is needed.
-    """
+    """Nearness to the pictures of ``index``."""
 
     index: Index
     k: int = 50
     alpha: float = 0.5
-    of_latents: bool = False
 
     @property
     def measure(self) -> str:
         """``nl2``, or ``sscd`` or ``clip`` for a cosine of features."""
         return "nl2" if self.index.kind in SIZED else self.index.kind
 
-    def describe(self, pictures: Tensor) -> Tensor:
-        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable."""
-        described = pictures.flatten(1) if self.of_latents else self.index.describe(pictures)
-        return described.to(pictures.device)
-
     @torch.no_grad()
     def find(self, features: Tensor) -> Tensor:
-        """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of what :meth:`describe` gave."""
+        """Rows of the ``k`` nearest, nearest first, ``(n, k)``, of ``features (n, width)``, made by the index."""
         return self.index.search(features, self.k)[1]
 
     def nearness(self, features: Tensor, rows: Tensor) -> Tensor:
-        """sigma ``(n,)`` of what :meth:`describe` gave, and the rows of its neighbours; differentiable."""
+        """sigma ``(n,)`` of ``features``, and the rows of their neighbours; differentiable."""
         if self.measure != "nl2":
             return (features * self.index.vectors(rows[:, 0].tolist()).to(features)).sum(1)
         z = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)

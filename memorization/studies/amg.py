@@ -5,7 +5,8 @@ labelled list, all from the same noise,
 
 1. plain sampling beside random perturbations of the prompt (GNI, RT, CWR, RNA), a model whose memorized prompts were
    ablated (``--ablated``) and AMG at two strengths;
-2. AMG's guidances alone, in pairs and all three, with another gate or none, and looking at every step;
+2. AMG's guidances alone, in pairs and all three; with a constant gate, without one (where nL2's dissimilarity, which
+   grows with the excess over the gate, then counts it from 3), and looking at every step;
 3. pictures: training | plain | AMG, and the nearness to the training set along one prompt's generations.
 
 Copies are counted by nL2 and by SSCD (CLIP features where its weights are not there), since AMG lowers the nearness of
@@ -48,13 +49,13 @@ PERTURBATIONS = ("gni", "rt", "cwr", "rna")
 GUIDANCES = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup")
 STRONG = 1.15
 LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4), "clip": ()}  # the paper's
-ALWAYS = {"nl2": 3.0, "sscd": 1e-6, "clip": 1e-6}  # a gate that every picture is nearer than
+ALWAYS = {"nl2": 3.0, "sscd": -1.0, "clip": -1.0}  # a gate that every picture is nearer than
 MAIN, ABLATION = "amg main", "ablation"
 SHOWN = ("base", ABLATION, "rt", MAIN, "amg strong", "sim")  # in the contact sheet
 
 
 def gates(measure: str) -> dict[str, dict]:
-    """Settings of AMG for other gates than the preset's, by the name of a row."""
+    """Settings of AMG by the name of a row: for other gates than the preset's, and for looking as often as it can."""
     return {
         "constant gate": {"gate_decay": 1e-12},  # at its end at every step
         "no gate": {"gate_start": ALWAYS[measure], "gate_end": ALWAYS[measure]},
@@ -88,29 +89,30 @@ def cases_of(subject: Subject, pipe, frame: pd.DataFrame, args: argparse.Namespa
     return cases
 
 
-def sampled(case: Case, mitigation: Mitigation | None) -> Callable[[], np.ndarray]:
-    """Makes the pictures of a case, uint8 ``(prompts x images, h, w, 3)``."""
+def sampled(case: Case, mitigation: Mitigation | None) -> tuple[int, Callable[[], np.ndarray]]:
+    """How many pictures a case has, and what makes them, uint8 ``(prompts x images, h, w, 3)``."""
 
     def make() -> np.ndarray:
         pictures = sample(case, mitigation(case) if mitigation else Remedy.unchanged(case))
         return pictures.reshape(-1, *pictures.shape[2:])
 
-    return make
+    return len(case.prompts) * len(case.noise), make
 
 
-class Table:
-    """Measures rows of a gallery whose pictures are of ``frame``'s prompts, ``images`` each."""
+class Measures:
+    """Measures pictures of ``frame``'s prompts, ``images`` each, and makes tables of them."""
 
-    def __init__(self, gallery: Gallery, frame: pd.DataFrame, images: int, copying: Copying, clip: Clip,
-                 reference: Reference | None) -> None:  # fmt: skip
-        self.gallery, self.copying, self.clip, self.reference = gallery, copying, clip, reference
+    def __init__(
+        self, frame: pd.DataFrame, images: int, copying: Copying, clip: Clip, reference: Reference | None
+    ) -> None:
+        self.copying, self.clip, self.reference = copying, clip, reference
         self.memorized = np.repeat(frame["label"].to_numpy() == 1, images)
         self.prompts = clip.prompts(frame["prompt"].tolist()).repeat_interleave(images, 0)
 
-    def values(self, row: str) -> dict[str, np.ndarray]:
+    def values(self, gallery: Gallery, row: str) -> dict[str, np.ndarray]:
         """A value a picture under each measure; ``moved``: root mean square difference from plain sampling's."""
         found, first = [], 0
-        for pictures, plain in zip(self.gallery.batches(row), self.gallery.batches("base"), strict=True):
+        for pictures, plain in zip(gallery.batches(row), gallery.batches("base"), strict=True):
             text = self.prompts[first : first + len(pictures)]
             first += len(pictures)
             difference = to_tensor(pictures) - to_tensor(plain)
@@ -121,17 +123,24 @@ class Table:
             found.append(own | self.copying(pictures))
         return {name: np.concatenate([own[name] for own in found]) for name in found[0]}
 
-    def row(self, name: str) -> dict:
-        """What the table says of it: of memorized prompts, and in the last columns of ordinary ones."""
-        values = self.values(name)
+    def row(self, name: str, values: dict[str, np.ndarray], seconds: float) -> dict:
+        """What the table says of a row: of memorized prompts, and in the last columns of ordinary ones."""
         memorized = {key: v[self.memorized] for key, v in values.items()}
         ordinary = {key: v[~self.memorized] for key, v in values.items()}
         frechet = {"Frechet": self.reference.distance(memorized["features"])} if self.reference else {}
         return {
             "row": name, **self.copying.columns(memorized), **frechet, "CLIP": float(memorized["text"].mean()),
             "ordinary: CLIP": float(ordinary["text"].mean()), "ordinary: moved": float(ordinary["moved"].mean()),
-            "s / picture": self.gallery.seconds(name),
+            "s / picture": seconds,
         }  # fmt: skip
+
+    def frame(self, values: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+        """A line a picture, of all rows."""
+        shown = ("nl2", self.copying.name, "text", "moved")
+        return pd.concat([
+            pd.DataFrame({"row": name, "memorized": self.memorized, **{key: own[key].round(4) for key in shown}})
+            for name, own in values.items()
+        ])  # fmt: skip
 
 
 def second_measure(clip: Clip) -> tuple[str, Embed]:
@@ -183,14 +192,14 @@ def fill(
         gallery.fill(ABLATION, [sampled(case, None) for case in cases_of(subject, ablated, frame, args)])
 
 
-def make_table(gallery: Gallery, subject: Subject, frame: pd.DataFrame, args, index: Index) -> Table:
-    """What measures the gallery's rows against the training pictures of AMG's index."""
+def make_measures(subject: Subject, frame: pd.DataFrame, args: argparse.Namespace, index: Index) -> Measures:
+    """What measures pictures against the training pictures of AMG's index."""
     spec, clip = subject.spec, Clip(subject.spec.clip, subject.pipe.device)
-    side = subject.pipe.unet.config.sample_size * subject.pipe.vae_scale_factor
+    height, width = (side * subject.pipe.vae_scale_factor for side in subject.pipe.pure_noise(1, 0).shape[2:])
     limits = {name: (*([spec.copy_limits[name]] if name in spec.copy_limits else []), *LIMITS[name]) for name in LIMITS}
-    copying = Copying(training_pictures(index, (side, side)), *second_measure(clip), limits)
+    copying = Copying(training_pictures(index, (height, width)), *second_measure(clip), limits)
     listed = args.reference or (spec.reference and ROOT / spec.reference)
-    return Table(gallery, frame, args.images, copying, clip, Reference(Index(listed), clip) if listed else None)
+    return Measures(frame, args.images, copying, clip, Reference(Index(listed), clip) if listed else None)
 
 
 def main() -> None:
@@ -221,6 +230,8 @@ def main() -> None:
     listed = args.prompts or ROOT / spec.prompts["prompts"]
     frame = subject.frame.assign(picture=picture_files(subject.frame, listed))
     frame = chosen_prompts(frame, args.memorized, args.ordinary)
+    if not 0 < (frame["label"] == 1).sum() < len(frame):
+        raise InputError(f"{listed}: no memorized prompt with a training picture, or no other one, among the chosen")
     amg = {**spec.amg, "index": str(args.index or own_index(spec))}
     nearest = AMG(**amg).nearest()
     settings = {
@@ -228,19 +239,24 @@ def main() -> None:
         "guidance_scale": spec.guidance_scale, "amg": AMG(**amg).record(), "ablated": ablated and revision_of(ablated),
     }  # fmt: skip
     first, second = methods(amg), parts(amg, nearest.measure)
+    settings["rows"] = {
+        name: mitigation and {**vars(mitigation), "index": ""} for name, mitigation in (first | second).items()
+    }
+    measures = make_measures(subject, frame, args, nearest.index)
     with ResultStore(subject.out, settings, {}) as store:
         gallery = Gallery(store)
         fill(gallery, subject, frame, args, first | second, ablated)
-    measure = make_table(gallery, subject, frame, args, nearest.index)
     names = [*first, *([ABLATION] if ablated else []), *second]
-    rows = {name: measure.row(name) for name in tqdm(names, desc="measure", unit="row")}
+    values = {name: measures.values(gallery, name) for name in tqdm(names, desc="measure", unit="row")}
+    rows = {name: measures.row(name, values[name], gallery.seconds(name)) for name in names}
     for chosen in (names[: -len(second)], ["base", *second, MAIN]):
         print(markdown(pd.DataFrame([rows[name] for name in chosen]).round(3)) + "\n")
     table = pd.DataFrame(rows.values()).round(4)
     write_atomically(subject.out / "table.csv", table.to_csv(index=False))
+    write_atomically(subject.out / "values.csv", measures.frame(values).to_csv(index=False))
     chosen = [i * args.images for i in np.flatnonzero(frame["label"] == 1)[:14]]
     strips = {row: np.concatenate(list(gallery.batches(row)))[chosen] for row in SHOWN if row in rows}
-    measure.copying.sheet(strips, subject.out / "sheet.png")
+    measures.copying.sheet(strips, subject.out / "sheet.png")
     draw_trajectory(cases_of(subject, subject.pipe, frame[:1], args)[0], AMG(**amg), subject.out / "trajectory.png")
     print(f"{subject.out}/table.csv, sheet.png, trajectory.png")
 

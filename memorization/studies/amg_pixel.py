@@ -1,9 +1,10 @@
 """AMG on pixel-space models, unconditional and class-conditional: ``python -m memorization.studies.amg_pixel``
 
-Pictures from the same noise without AMG, with a gate of two strengths, with a constant gate and without any (always
-guided): how near they are to the training set. AMG lowers the normalised l2 that it is measured by, so the cosine of
-CLIP features to the nearest training picture stands beside it, and a Frechet distance on the same features, to the
-pictures of the index, each counted once. A killed study goes on where it stopped.
+Pictures from the same noise without AMG, with a gate of two strengths, with a constant gate, without any (always
+guided; the excess that dissimilarity grows with then counts from nL2 3) and looking at every step: how near they are
+to the training set. AMG lowers the normalised l2 that it is measured by, so the cosine of CLIP features to the nearest
+training picture stands beside it, and a Frechet distance on the same features, to the pictures of the index, each
+counted once. A killed study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def labels_of(index: Index, count: int) -> torch.Tensor:
 
 
 def batches(pipe, args: argparse.Namespace, labels: torch.Tensor | None, amg: AMG | None) -> list:
-    """What makes the pictures of a row, a batch at a time."""
+    """How many pictures each batch of a row has, and what makes them."""
 
     def make(numbers: range) -> np.ndarray:
         return to_bytes(sample_pixels(
@@ -55,8 +56,8 @@ def batches(pipe, args: argparse.Namespace, labels: torch.Tensor | None, amg: AM
             sampler=args.sampler, steps=args.steps, guide=amg_guide(amg) if amg else None,
         ))  # fmt: skip
 
-    starts = range(0, args.count, AT_ONCE)
-    return [partial(make, range(start, min(start + AT_ONCE, args.count))) for start in starts]
+    parts = [range(start, min(start + AT_ONCE, args.count)) for start in range(0, args.count, AT_ONCE)]
+    return [(len(part), partial(make, part)) for part in parts]
 
 
 def main() -> None:
@@ -73,8 +74,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
     args = parser.parse_args()
-    if args.count < 2 or args.steps < 2 or args.seed < 0:
-        parser.error("--count and --steps are at least 2, --seed at least 0")
+    if args.count < 2 or not 2 <= args.steps <= 500 or args.seed < 0:
+        parser.error("--count is at least 2, --steps from 2 to 500, --seed at least 0")
     nearest = AMG(index=str(args.index)).nearest()
     device = pick_device(args.device)
     pipe, clip = load_pixel_model(args.model, device), Clip(args.clip, device)
@@ -83,11 +84,14 @@ def main() -> None:
         raise InputError(f"{args.index}: build it with --size {side} {side}, the size of the model's pictures")
     out = args.out or ROOT / "results/local/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
-        **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
+        "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
         "revision": revision_of(pipe), "amg": AMG(index=str(args.index), preset=args.preset).record(),
     }  # fmt: skip
-    labels = labels_of(nearest.index, args.count) if pipe.unet.config.num_class_embeds else None
-    rows = variants(nearest.measure)
+    classes, known = pipe.unet.config.num_class_embeds, len(set(nearest.index.captions))
+    if classes and known > classes:
+        raise InputError(f"{args.index}: its captions are the classes; there are {known}, the model has {classes}")
+    labels = labels_of(nearest.index, args.count) if classes else None
+    rows = settings["rows"] = variants(nearest.measure)
     with ResultStore(out, settings, {}) as store:
         gallery = Gallery(store)
         for name, changed in rows.items():

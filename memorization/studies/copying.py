@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from memorization.errors import InputError
 from memorization.index import Index
+from memorization.models import ROOT
 from memorization.pictures import read_picture, to_bytes, to_tensor
 from memorization.plots import draw_strips
 from memorization.similarity.clip import Clip
@@ -20,10 +22,18 @@ Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (n, h, w, 3) -> unit vectors
 
 
 def training_pictures(index: Index, size: tuple[int, int]) -> np.ndarray:
-    """uint8 ``(n, h, w, 3)``: of an index of pixels its own, else the files at ``size`` (height, width)."""
-    if index.kind == "pixels":
-        return to_bytes(index.vectors(slice(None)).unflatten(1, (3, *index.size)))
-    return np.stack([read_picture(Path(path), size) for path in index.paths])
+    """uint8 ``(n, h, w, 3)`` of ``size`` (height, width): an index of pixels has its own, others say where they lie.
+
+    Raises:
+        InputError: the index holds pixels of another size, or a file cannot be read.
+    """
+    if index.kind != "pixels":
+        return np.stack([read_picture(ROOT / path, size) for path in index.files])
+    if index.size != size:
+        raise InputError(
+            f"the index holds pictures of {index.size}, not of {size}: build it with --size {size[0]} {size[1]}"
+        )
+    return to_bytes(index.vectors(slice(None)).unflatten(1, (3, *size)))
 
 
 class Copying:
@@ -69,7 +79,7 @@ class Copying:
 class Reference:
     """Frechet distance, on the features of ``clip``, to the pictures of an index, each counted once.
 
-    Pictures are brought to the index's size first, so that both sides are as sharp.
+    Pictures are brought to the index's size first, so that both sides are about as sharp.
     """
 
     def __init__(self, index: Index, clip: Clip) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from memorization.errors import InputError
 from memorization.pictures import read_picture
 from memorization.results import ResultStore, read_lines
 
@@ -23,23 +24,35 @@ class Gallery:
     def _made(self, row: str) -> list[dict]:
         return [line for line in read_lines(self.store.scores)[0] if line["row"] == row]
 
-    def fill(self, row: str, batches: Sequence[Callable[[], np.ndarray]]) -> None:
-        """Make the batches of ``row`` that are not there; each gives uint8 ``(n, h, w, 3)``."""
-        done = len(self._made(row))
-        if done == len(batches):
+    def fill(self, row: str, batches: Sequence[tuple[int, Callable[[], np.ndarray]]]) -> None:
+        """Make the batches of ``row`` that are not there.
+
+        Args:
+            batches: how many pictures each gives, and what makes them, uint8 ``(n, h, w, 3)``.
+
+        Raises:
+            InputError: those that are there were made in batches of other sizes, or a number was not finite.
+        """
+        sizes = [line["pictures"] for line in self._made(row)]
+        if sizes != [size for size, _ in batches[: len(sizes)]]:
+            raise InputError(f"{self.store.folder}: {row} was made in batches of other sizes; choose another --out")
+        if len(sizes) == len(batches):
             return
         if not self.store.started:
             self.store.start()
         (self.store.folder / row).mkdir(exist_ok=True)
-        first = sum(line["pictures"] for line in self._made(row))
-        for make in tqdm(batches[done:], desc=row, unit="batch", initial=done, total=len(batches)):
+        first = sum(sizes)
+        for size, make in tqdm(batches[len(sizes) :], desc=row, unit="batch", initial=len(sizes), total=len(batches)):
             started = time.perf_counter()
-            pictures = make()
+            try:
+                pictures = make()
+            except FloatingPointError as error:
+                raise InputError(f"{row}: {error}; try --dtype float32") from None
             seconds = round(time.perf_counter() - started, 3)
             for number, picture in enumerate(pictures, first):
                 Image.fromarray(picture).save(self._path(row, number))
-            first += len(pictures)
-            self.store.append([{"id": self.store.done, "row": row, "pictures": len(pictures), "seconds": seconds}])
+            first += size
+            self.store.append([{"id": self.store.done, "row": row, "pictures": size, "seconds": seconds}])
 
     def _path(self, row: str, number: int) -> Path:
         return self.store.folder / row / f"{number:05d}.png"
