@@ -1,10 +1,11 @@
 """Two pixel-space diffusion models with known duplicates, 32x32: ``python -m testbed.pixel``.
 
 Stages, in order: ``set`` (the training set), ``uncond`` and ``class`` (UNets that predict epsilon), ``verify`` (what
-they have memorized). The training set is finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at each
-duplication weight of ``LEVELS``. It ships as an index of pixels (``testbed/pixel-index``), whose captions are the
-classes: Unicode's groups of emoji. The class model goes on from the unconditional one. Resumable like
-``testbed.train``.
+they have memorized). The training set is small and finite: ``UNIQUE`` scenes that are there once, and ``PER_LEVEL`` at
+each duplication weight of ``LEVELS``. It ships as an index of pixels (``testbed/pixel-index``), whose captions are the
+classes: Unicode's groups of emoji; ``UNSEEN`` further scenes that nothing is trained on ship beside it
+(``testbed/unseen-index``), to say how pictures should look. The class model goes on from the unconditional one.
+Resumable like ``testbed.train``.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from testbed.fit import fit
 from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, usable_table
 
 SIZE = 32
-LEVELS, PER_LEVEL, UNIQUE = (8, 16, 32, 64), 8, 1500
-INDEX = HERE / "pixel-index"
-STEPS, BATCH = {"uncond": 2400, "class": 1200}, 32
+LEVELS, PER_LEVEL, UNIQUE, UNSEEN = (4, 8, 16, 32), 8, 200, 1300
+INDEX, UNSEEN_INDEX = HERE / "pixel-index", HERE / "unseen-index"
+STEPS, BATCH = {"uncond": 3600, "class": 1600}, 16
 COPY = 1.0  # nL2 below which a picture is a copy, by eye
 UNET = dict(
     sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
@@ -65,27 +66,35 @@ def groups(symbols: pd.Series) -> pd.Series:
 
 
 def make_set() -> None:
-    """Write the training set: duplicated pictures first; the path of a line is ``weight/name/number``."""
+    """Write the training set, duplicated pictures first, and the unseen scenes.
+
+    The path of a line is ``weight/name/number``; the weight of what is unseen is 0.
+    """
     table = usable_table()
     sprites = data.load_sprites(table)
     table["group"] = groups(table["symbol"])
     rng = np.random.default_rng([SEED, SIZE])
     order = table.iloc[rng.permutation(len(table))].reset_index(drop=True)
-    weights = np.repeat(LEVELS, PER_LEVEL)
-    chosen, rest = order[: len(weights)], order[len(weights) :]
-    unique = rest.iloc[rng.integers(len(rest), size=UNIQUE)]
+    fixed = PER_LEVEL * len(LEVELS)
+    others = order[fixed:].iloc[rng.integers(len(order) - fixed, size=UNIQUE + UNSEEN)]
+    rows = [*order[:fixed].itertuples(), *others.itertuples()]
+    weights = [*np.repeat(LEVELS, PER_LEVEL), *[1] * UNIQUE, *[0] * UNSEEN]
     pictures, items = [], []
-    for number, (weight, row) in enumerate(
-        zip([*weights, *[1] * UNIQUE], [*chosen.itertuples(), *unique.itertuples()], strict=True)
-    ):
+    for number, (weight, row) in enumerate(zip(weights, rows, strict=True)):
         scene = Image.fromarray(data.scene(sprites[row.name], np.random.default_rng([SEED, SIZE, number])))
         pictures.append(np.asarray(scene.resize((SIZE, SIZE), Image.Resampling.BOX)).transpose(2, 0, 1))
         items.append({"path": f"{weight}/{row.name}/{number}", "caption": row.group})
-    INDEX.mkdir(parents=True, exist_ok=True)
-    (INDEX / "features.bin").write_bytes(np.stack(pictures).tobytes())
-    write_atomically(INDEX / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    write_index(INDEX, pictures[: fixed + UNIQUE], items[: fixed + UNIQUE])
+    write_index(UNSEEN_INDEX, pictures[fixed + UNIQUE :], items[fixed + UNIQUE :])
+
+
+def write_index(folder: Path, pictures: list[np.ndarray], items: list[dict]) -> None:
+    """An index of pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features.bin").write_bytes(np.stack(pictures).tobytes())
+    write_atomically(folder / "items.jsonl", "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     record = {"kind": "pixels", "size": [SIZE, SIZE], "width": 3 * SIZE * SIZE}
-    write_atomically(INDEX / "index.json", json.dumps(record) + "\n")
+    write_atomically(folder / "index.json", json.dumps(record) + "\n")
 
 
 class TrainingSet:

@@ -3,8 +3,8 @@
 Pictures from the same noise without AMG, with a gate of two strengths, with a constant gate, without any (always
 guided; the excess that dissimilarity grows with then counts from nL2 3) and looking at every step: how near they are
 to the training set. AMG lowers the normalised l2 that it is measured by, so the cosine of CLIP features to the nearest
-training picture stands beside it, and a Frechet distance on the same features, to the pictures of the index, each
-counted once. A killed study goes on where it stopped.
+training picture stands beside it, and a Frechet distance on the same features, to pictures that the model never saw.
+A killed study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default=str(ROOT / "testbed/models/pixel-uncond"), metavar="FOLDER|HUB_ID", help="in DDPM format")
     add("--index", type=Path, default=ROOT / "testbed/pixel-index", metavar="DIR", help="of its training set")
+    add("--reference", type=Path, default=ROOT / "testbed/unseen-index", metavar="INDEX", help="pixels of pictures as "
+        "they should look, for the Frechet distance (default: %(default)s)")  # fmt: skip
     add("--clip", default=find_model("testbed-eps").clip, metavar="FOLDER|HUB_ID", help="for the second measure")
     add("--preset", default="pixel-testbed", help="of configs/mitigations/amg.yaml (default: %(default)s)")
     add("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
@@ -99,7 +101,7 @@ def main() -> None:
             gallery.fill(name, batches(pipe, args, labels, amg))
     pictures = {name: np.concatenate(list(gallery.batches(name))) for name in rows}
     training = training_pictures(nearest.index, nearest.index.size)
-    reference = Reference(nearest.index, clip)
+    reference = Reference(Index(args.reference), clip)
     copying = Copying(training, "clip", reference.embed, LIMITS)
     table = pd.DataFrame([
         {"row": name, **copying.columns(copying(made)), "Frechet": reference.distance(reference.embed(made)),
