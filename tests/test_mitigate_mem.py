@@ -170,7 +170,7 @@ def test_tables_of_amg(run_script, tmp_path, monkeypatch, capsys):
                "--ablated", ROOT / "testbed/models/testbed-v")  # fmt: skip
     run_script(amg, *command)
     rows = pd.read_csv(out / "table.csv").set_index("row")
-    assert list(rows.index) == ["base", "gni", "amg main", "amg strong", "ablation", "sim", *amg.gates("nl2")]
+    assert list(rows.index) == ["base", "gni", "amg main", "amg strong", "sim", *amg.gates("nl2"), "ablation"]
     assert rows.loc["amg main", "nl2 top 1"] > rows.loc["base", "nl2 top 1"]
     assert rows.loc["no gate", "ordinary: moved"] > rows.loc["amg main", "ordinary: moved"]
     values = pd.read_csv(out / "values.csv")

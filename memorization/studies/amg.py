@@ -202,7 +202,8 @@ def make_measures(subject: Subject, frame: pd.DataFrame, args: argparse.Namespac
     return Measures(frame, args.images, copying, clip, Reference(Index(listed), clip) if listed else None)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The flags, checked."""
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.set_defaults(split="test")
@@ -215,11 +216,44 @@ def main() -> None:
     add("--reference", type=Path, metavar="INDEX", help="pixels of pictures as they should look, for the Frechet "
         "distance (default: the model's config)")  # fmt: skip
     add("--ablated", metavar="FOLDER", help="a model whose memorized prompts were ablated, for a row of its own")
+    add("--rows", default="all", metavar="A,B|all", help="of the tables, besides base; others may be added later")
     args = parser.parse_args()
     if min(args.memorized, args.ordinary, args.images) < 1 or not 3 <= args.steps <= 500:
         parser.error("--memorized, --ordinary and --images are at least 1, --steps from 3 to 500")
     if args.memorized * args.images < 2:
         parser.error("a Frechet distance needs two pictures of memorized prompts or more")
+    return args
+
+
+def chosen_rows(rows: dict[str, Mitigation | None], wanted: str) -> dict[str, Mitigation | None]:
+    """The rows that were asked for, and base.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    names = ["base", *(list(rows) if wanted == "all" else wanted.split(","))]
+    if unknown := [name for name in names if name not in rows]:
+        raise InputError(f"no row {unknown[0]!r}; there are: {', '.join(rows)}")
+    return {name: rows[name] for name in rows if name in names}
+
+
+def report(measures: Measures, gallery: Gallery, names: list[str], images: int, out: Path) -> None:
+    """Measure, print and write the tables, and draw the contact sheet."""
+    values = {name: measures.values(gallery, name) for name in tqdm(names, desc="measure", unit="row")}
+    rows = {name: measures.row(name, values[name], gallery.seconds(name)) for name in names}
+    compared = ("base", ABLATION, *PERTURBATIONS, MAIN, "amg strong")
+    apart = ("base", *GUIDANCES, MAIN, *gates("nl2"))
+    for chosen in ([name for name in table if name in rows] for table in (compared, apart)):
+        print(markdown(pd.DataFrame([rows[name] for name in chosen]).round(3)) + "\n")
+    write_atomically(out / "table.csv", pd.DataFrame(rows.values()).round(4).to_csv(index=False))
+    write_atomically(out / "values.csv", measures.frame(values).to_csv(index=False))
+    chosen = np.flatnonzero(measures.memorized)[::images][:14]
+    strips = {row: np.concatenate(list(gallery.batches(row)))[chosen] for row in SHOWN if row in rows}
+    measures.copying.sheet(strips, out / "sheet.png")
+
+
+def main() -> None:
+    args = arguments()
     spec = find_model(args.model)
     if not spec.clip:
         raise InputError(f"{spec.name}: needs a CLIP checkpoint in its config, for the text alignment")
@@ -234,31 +268,20 @@ def main() -> None:
         raise InputError(f"{listed}: no memorized prompt with a training picture, or no other one, among the chosen")
     amg = {**spec.amg, "index": str(args.index or own_index(spec))}
     nearest = AMG(**amg).nearest()
+    rows = methods(amg) | parts(amg, nearest.measure)
     settings = {
         **subject.settings, **{name: vars(args)[name] for name in ("memorized", "ordinary", "images", "steps")},
         "guidance_scale": spec.guidance_scale, "amg": AMG(**amg).record(), "ablated": ablated and revision_of(ablated),
+        "rows": {name: mitigation and {**vars(mitigation), "index": ""} for name, mitigation in rows.items()},
     }  # fmt: skip
-    first, second = methods(amg), parts(amg, nearest.measure)
-    settings["rows"] = {
-        name: mitigation and {**vars(mitigation), "index": ""} for name, mitigation in (first | second).items()
-    }
+    rows = chosen_rows(rows, args.rows)
     measures = make_measures(subject, frame, args, nearest.index)
     with ResultStore(subject.out, settings, {}) as store:
         gallery = Gallery(store)
-        fill(gallery, subject, frame, args, first | second, ablated)
-    names = [*first, *([ABLATION] if ablated else []), *second]
-    values = {name: measures.values(gallery, name) for name in tqdm(names, desc="measure", unit="row")}
-    rows = {name: measures.row(name, values[name], gallery.seconds(name)) for name in names}
-    for chosen in (names[: -len(second)], ["base", *second, MAIN]):
-        print(markdown(pd.DataFrame([rows[name] for name in chosen]).round(3)) + "\n")
-    table = pd.DataFrame(rows.values()).round(4)
-    write_atomically(subject.out / "table.csv", table.to_csv(index=False))
-    write_atomically(subject.out / "values.csv", measures.frame(values).to_csv(index=False))
-    chosen = [i * args.images for i in np.flatnonzero(frame["label"] == 1)[:14]]
-    strips = {row: np.concatenate(list(gallery.batches(row)))[chosen] for row in SHOWN if row in rows}
-    measures.copying.sheet(strips, subject.out / "sheet.png")
+        fill(gallery, subject, frame, args, rows, ablated)
+    report(measures, gallery, [*rows, *([ABLATION] if ablated else [])], args.images, subject.out)
     draw_trajectory(cases_of(subject, subject.pipe, frame[:1], args)[0], AMG(**amg), subject.out / "trajectory.png")
-    print(f"{subject.out}/table.csv, sheet.png, trajectory.png")
+    print(f"{subject.out}/table.csv, values.csv, sheet.png, trajectory.png")
 
 
 if __name__ == "__main__":
