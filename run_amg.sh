@@ -4,7 +4,7 @@
 #   2. its three guidances alone and together, other gates and none; contact sheet, and a picture of one prompt's way
 #   3. unconditional and class-conditional models in pixel space
 #
-#   bash run_amg.sh                                  testbed-eps and the pixel models (about two hours on two cores)
+#   bash run_amg.sh                                  testbed-eps and the pixel models (about an hour on two cores)
 #   MEMORIZED=4 ORDINARY=2 COUNT=64 ABLATED=no RESULTS=results/local/quick bash run_amg.sh testbed-v    a quick look
 # A killed run goes on where it stopped.
 set -euo pipefail
