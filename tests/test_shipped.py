@@ -2,6 +2,7 @@
 
 import hashlib
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -11,9 +12,13 @@ from sklearn.metrics import roc_auc_score
 
 from memorization.detection import Scorer
 from memorization.detectors import DETECTORS
+from memorization.index import Index
+from memorization.mitigations import AMG
 from memorization.models import find_model, load_pipeline, revision_of
+from memorization.pixel_diffusion import amg_guide, load_pixel_model, sample_pixels
 from memorization.prompts import read_prompts
 from memorization.results import read_json, read_lines
+from memorization.similarity.pixel import normalized_l2
 from memorization.text_baselines import capitals, naive_bayes
 
 ROOT = GOLDEN.parent.parent
@@ -81,3 +86,26 @@ def test_configured_weights_are_the_fitted_ones(model):
     settings = fitted["detectors"]["anisotropy"]["settings"]
     configured = find_model(model).anisotropy
     assert {key: settings[key] for key in configured} == configured
+
+
+def test_the_pixel_models_give_back_duplicates_and_amg_keeps_them_from_it():
+    pipe, index = load_pixel_model(str(ROOT / "testbed/models/pixel-uncond")), ROOT / "testbed" / "pixel-index"
+    training = Index(index)
+    pictures = training.vectors(slice(None)).unflatten(1, (3, *training.size))
+    numbers = [252, 153, 61, 159]  # of the study's first row
+    plain, nearest = normalized_l2(sample_pixels(pipe, numbers, steps=25), pictures).min(1)
+    assert (plain < 0.8).all() and all(int(training.paths[i].split("/")[0]) > 1 for i in nearest)
+    guide = amg_guide(AMG(index=str(index), preset="pixel-testbed"))
+    assert (normalized_l2(sample_pixels(pipe, numbers, steps=25, guide=guide), pictures).min(1).values > 1).all()
+
+
+@pytest.mark.parametrize("name", ["testbed-eps", "pixel-uncond", "pixel-class"])
+def test_the_tables_of_amg_belong_to_the_shipped_models(name):
+    folder = ROOT / "results" / "studies" / "amg" / name
+    settings = read_json(folder / "run.json")["settings"]
+    weights = (ROOT / "testbed" / "models" / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    one = hashlib.sha256(hashlib.sha256(weights).digest()).hexdigest()
+    assert settings["revision"] == f"sha256:{one}"
+    table = pd.read_csv(folder / "table.csv").set_index("row")
+    copies = next(column for column in table if column.startswith("nl2 <"))
+    assert table.loc["base", copies] > 0.1 and table.loc["amg main", copies] == 0
