@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from memorization.similarity.pixel import normalized_l2
 from testbed import data, finetune, pixel
 from testbed.fit import fit, learning_rate
 
@@ -117,8 +118,11 @@ def test_every_memorized_caption_has_an_ordinary_neighbour(tiny_eps):
 
 def test_pixel_training_set_is_what_its_weights_say():
     seen = pixel.TrainingSet()
-    assert seen.pictures.shape == (2048, 3, 32, 32) and len(seen.classes) == 8
-    assert sorted(set(seen.weights)) == [1, 4, 8, 16, 32] and (seen.weights > 1).sum() == 48
+    assert seen.pictures.shape == (232, 3, 32, 32) and len(seen.classes) == 8
+    assert sorted(set(seen.weights)) == [1, 4, 8, 16, 32] and (seen.weights > 1).sum() == 32
+    unseen = pixel.TrainingSet(pixel.UNSEEN_INDEX)
+    assert len(unseen.pictures) == 1300 and set(unseen.weights) == {0}
+    assert normalized_l2(unseen.pictures, seen.pictures).min() > 0.1  # none is in both
     rng = np.random.default_rng(0)
     labels = torch.cat([seen.draw(rng, 512)[1] for _ in range(20)])
     share = np.bincount(labels, minlength=8) / len(labels)
