@@ -19,7 +19,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.models import ROOT, ModelSpec, find_model, load_pipeline
 from memorization.pictures import read_picture
-from memorization.plots import save_figure
+from memorization.plots import draw_strips
 from memorization.prompts import read_prompts
 from memorization.similarity.clip import Clip
 from memorization.similarity.judge import Judge
@@ -226,13 +225,7 @@ def compare(models: dict[str, Path], listed: pd.DataFrame, pictures: list[str], 
                 for image in chosen["image"]]  # fmt: skip
     strips = {"training": training}
     strips |= {name: [first[i] for i in chosen.index] for name, first in zip(models, firsts, strict=True)}
-    figure, axes = plt.subplots(len(strips), 1, figsize=(0.75 * len(chosen), len(strips)))
-    for axis, (name, row) in zip(axes, strips.items(), strict=True):
-        axis.imshow(np.concatenate(row, axis=1))
-        axis.set_title(name, fontsize=8, loc="left", pad=2)
-        axis.axis("off")
-    figure.suptitle(", ".join(f"6 {kind}" for kind in sorted(set(chosen["kind"]))), fontsize=8)
-    save_figure(figure, sheet)
+    draw_strips(strips, sheet, ", ".join(f"6 {kind}" for kind in sorted(set(chosen["kind"]))))
     means = [table.groupby("kind").mean() for table in tables]
     table = pd.concat(means, axis=1, keys=list(models)).round(3)
     table.insert(0, ("", "captions"), listed.groupby("kind").size())
