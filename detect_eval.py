@@ -3,7 +3,7 @@
 
   python detect_eval.py                                 every run under results/
   python detect_eval.py results/testbed-eps --format csv
-  python detect_eval.py results/testbed-eps --calibrate configs/mine.yaml --fpr 0.01
+  python detect_eval.py results/testbed-eps --calibrate mine.yaml --fpr 0.01
 
 Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
 TPR@1% is the largest TPR with FPR <= 1%; the FPR realised there and the number of negatives stand beside it. Intervals
@@ -20,9 +20,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from memorization import text_baselines
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.evaluation import (
+from memorization.errors import InputError
+from memorization.evaluation import text_baselines
+from memorization.evaluation.bands import ROUNDS, fit_bands
+from memorization.evaluation.learned import learned_combination, z_score_size
+from memorization.evaluation.metrics import (
     Metrics,
     family_weights,
     fit_weights,
@@ -31,10 +33,9 @@ from memorization.evaluation import (
     paired_difference,
     threshold_at,
 )
-from memorization.fitted import learned_combination, z_score_size
-from memorization.results import read_json, read_lines, write_atomically
-from memorization.sequential import ROUNDS, fit_bands
-from memorization.tables import markdown
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.tables import markdown
 
 ROOT = Path(__file__).resolve().parent
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
@@ -226,7 +227,7 @@ def paired_table(metrics: dict) -> pd.DataFrame:
 
 def draw(run: Run) -> None:
     """The run's pictures, beside its scores."""
-    from memorization import plots
+    from memorization.evaluation import plots
 
     labels, images = run.scored["label"].to_numpy(), run.settings["num_images"]
     scores = {name: run.scores(run.scored, name, images) for name in run.names}

@@ -21,7 +21,8 @@ from pathlib import Path
 import yaml
 
 from memorization.detectors.anisotropy import COSINE_MODES
-from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, run_script
 
 ROOT = Path(__file__).resolve().parent
 ANISOTROPY_FLAGS = ("variant", "cosine_mode", "cosine", "normalization")
@@ -31,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name from configs/, a folder, or a hub id")
+    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name (memorization/configs), a folder, or a hub id")
     add("--prompts", metavar="FILE", help=".txt, .csv or .jsonl (column prompt or caption; optional label, family)")
     add("--memorized", metavar="FILE", help="a list whose prompts all count as memorized; needs --non-memorized")
     add("--non-memorized", metavar="FILE", help="a list whose prompts all count as not memorized")
@@ -89,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
     """The prompts and what tells them apart from other lists: ``(frame, {role: sha256})``."""
-    from memorization.prompts import near_copy_families, read_pair, read_prompts
+    from memorization.io.prompts import near_copy_families, read_pair, read_prompts
 
     chosen = {"prompts": args.prompts, "memorized": args.memorized, "non_memorized": args.non_memorized}
     chosen = {key: path for key, path in chosen.items() if path}
@@ -112,7 +113,7 @@ def read_prompt_lists(args: argparse.Namespace, spec) -> tuple:
 
 def report(frame, pipe) -> None:
     """What a user should know of the list, on standard error."""
-    from memorization.detection import count_long_prompts
+    from memorization.runs.detect import count_long_prompts
 
     prompts = frame["prompt"].tolist()
     notes = {
@@ -142,8 +143,8 @@ def assigned(args: argparse.Namespace, settings: dict[str, dict]) -> dict[str, d
 
 def print_summary(store, first: str | None, thresholds: dict[str, float]) -> None:
     """Where the scores are, and the prompts or pictures that score highest by ``first``."""
-    from memorization.evaluation import image_mean
-    from memorization.results import read_lines
+    from memorization.evaluation.metrics import image_mean
+    from memorization.io.files import read_lines
 
     rows, _ = read_lines(store.scores)
     if first is None:
@@ -167,11 +168,11 @@ def print_summary(store, first: str | None, thresholds: dict[str, float]) -> Non
 
 def read_images(args: argparse.Namespace, detectors: list) -> tuple:
     """The pictures of ``--images`` and what tells them apart from others: ``(frame, {"images": sha256})``."""
-    from memorization.images import list_images
+    from memorization.io.pictures import list_pictures
 
     if unfit := [detector.name for detector in detectors if detector.needs != "image"]:
         raise InputError(f"{', '.join(unfit)}: scores prompts, not pictures; for --images there is p_laplace")
-    frame = list_images(args.images)
+    frame = list_pictures(args.images)
     if "label" in frame and "family" not in frame:
         frame["family"] = [Path(path).name for path in frame["image"]]
     digest = hashlib.sha256(frame.to_csv().encode())
@@ -185,9 +186,9 @@ def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[
     import torch
     from tqdm import tqdm
 
-    from memorization.evaluation import image_mean
-    from memorization.explain import as_text, draw_significance, token_significance
-    from memorization.results import read_lines
+    from memorization.detectors.explain import as_text, draw_significance, token_significance
+    from memorization.evaluation.metrics import image_mean
+    from memorization.io.files import read_lines
 
     rows = sorted(read_lines(store.scores)[0], key=lambda row: -image_mean(row[first]))
     chosen = [row for row in rows if image_mean(row[first]) >= thresholds[first]] if first in thresholds else rows[:10]
@@ -204,8 +205,8 @@ def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[
 
 def write_costs(args: argparse.Namespace, pipe, detectors: list, frame, store, batch_size: int) -> None:
     """UNet evaluations and seconds a prompt of each detector alone, to ``costs.json`` beside the scores."""
-    from memorization.costs import measure_costs
-    from memorization.results import write_atomically
+    from memorization.io.files import write_atomically
+    from memorization.runs.costs import measure_costs
 
     prompts = frame["prompt"].tolist()[:4]
     batch_size = store.record.get("batch_size_used", batch_size)
@@ -215,7 +216,7 @@ def write_costs(args: argparse.Namespace, pipe, detectors: list, frame, store, b
 
 def settings_of(args: argparse.Namespace, pipe, detectors: list, hashes: dict, dtype: str, batch_size: int) -> dict:
     """Everything the scores depend on."""
-    from memorization.models import revision_of
+    from memorization.models.loading import revision_of
 
     kept = {d.name: {**vars(d), **{key: list(getattr(d, key)) for key in ("terms", "curves") if hasattr(d, key)}}
             for d in detectors}  # fmt: skip
@@ -236,12 +237,15 @@ def main() -> None:
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
 
-    from memorization.calibration import Calibration, read_calibration
-    from memorization.detection import Scorer, SequentialScorer, default_batch_size, run_detection
-    from memorization.detectors import make_detectors
-    from memorization.images import run_images
-    from memorization.models import find_model, load_pipeline, pick_device, pick_dtype
-    from memorization.results import ResultStore
+    from memorization.detectors.registry import make_detectors
+    from memorization.evaluation.calibration import Calibration, read_calibration
+    from memorization.models.devices import pick_device, pick_dtype
+    from memorization.models.loading import load_pipeline
+    from memorization.models.registry import find_model
+    from memorization.runs.detect import Scorer, SequentialScorer, run_detection
+    from memorization.runs.memory import default_batch_size
+    from memorization.runs.pictures import run_pictures
+    from memorization.runs.store import ResultStore
 
     spec = find_model(args.model)
     calibration = read_calibration(Path(args.calibration)) if args.calibration else Calibration()
@@ -281,7 +285,7 @@ def main() -> None:
         settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands.items()]}
     with ResultStore(out, settings, info, args.overwrite) as store:
         if args.images:
-            run_images(pipe, frame, detectors, store, batch_size=batch_size)
+            run_pictures(pipe, frame, detectors, store, batch_size=batch_size)
         elif args.sequential:
             scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands, **common)
             run_detection(scorer, frame, store, batch_size=batch_size)

@@ -18,19 +18,20 @@ import math
 import os
 from pathlib import Path
 
-from memorization.errors import ArgumentParser, InputError, run_script
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, run_script
 
 ROOT = Path(__file__).resolve().parent
 SCORED_BY = "anisotropy"
 
 
 def parse_arguments() -> argparse.Namespace:
-    from memorization.mitigations import MITIGATIONS
+    from memorization.mitigations.registry import MITIGATIONS
 
     parser = ArgumentParser(description=__doc__, epilog=strengths_of(MITIGATIONS))
     add = parser.add_argument
     # fmt: off
-    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name from configs/, a folder, or a hub id")
+    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name (memorization/configs), a folder, or a hub id")
     add("--prompts", type=Path, metavar="FILE", help=".txt, .csv or .jsonl (default: the model's own list)")
     add("--method", default="anisotropy", metavar="NAME", help="see below (default: %(default)s)")
     add("--strength", type=float, metavar="S", help="see below (default: the method's own)")
@@ -104,7 +105,7 @@ def summary(rows: list[dict], copy: dict[str, float]) -> str:
     import numpy as np
     import pandas as pd
 
-    from memorization.tables import markdown
+    from memorization.io.tables import markdown
 
     found = []
     names = {"score": "anisotropy", "nl2": "nL2 to the training picture", "sscd": "SSCD to it", "clip": "CLIP score"}
@@ -148,8 +149,8 @@ def calibrated(args: argparse.Namespace, spec, mitigation) -> tuple:
     Raises:
         InputError: what is needed of the calibration is not there, or holds for something else.
     """
-    from memorization.calibration import Calibration, read_calibration
-    from memorization.mitigations import level_of
+    from memorization.evaluation.calibration import Calibration, read_calibration
+    from memorization.mitigations.case import level_of
 
     path = args.calibration or spec.calibration
     calibration = read_calibration(ROOT / path) if path and path != "none" else Calibration()
@@ -170,8 +171,8 @@ def method_of(args: argparse.Namespace, spec):
     """
     import yaml
 
-    from memorization.index import own_index
-    from memorization.mitigations import make_mitigation
+    from memorization.index.build import own_index
+    from memorization.mitigations.registry import make_mitigation
 
     settings = dict(spec.amg) if args.method == "amg" else {}
     if args.strength is not None:
@@ -193,8 +194,8 @@ def flagged(case_of, prompts: list[str], threshold: float, at_once: int) -> list
     """Which prompts score at or above ``threshold``."""
     from tqdm import tqdm
 
-    from memorization.mitigation import scores_of
-    from memorization.mitigations import Remedy
+    from memorization.mitigations.case import Remedy
+    from memorization.runs.mitigate import scores_of
 
     scores = []
     for start in tqdm(range(0, len(prompts), at_once), desc="score", disable=len(prompts) <= at_once):
@@ -213,12 +214,15 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    from memorization.detection import default_batch_size
-    from memorization.detectors import make_detectors
-    from memorization.mitigation import contact_sheet, run_mitigation
-    from memorization.mitigations import Case
-    from memorization.models import find_model, load_pipeline, pick_device, pick_dtype, revision_of
-    from memorization.results import ResultStore, read_lines
+    from memorization.detectors.registry import make_detectors
+    from memorization.io.files import read_lines
+    from memorization.mitigations.case import Case
+    from memorization.models.devices import pick_device, pick_dtype
+    from memorization.models.loading import load_pipeline, revision_of
+    from memorization.models.registry import find_model
+    from memorization.runs.memory import default_batch_size
+    from memorization.runs.mitigate import contact_sheet, run_mitigation
+    from memorization.runs.store import ResultStore
     from memorization.similarity.judge import make_judge
 
     spec = find_model(args.model)
@@ -277,8 +281,7 @@ def read_list(args: argparse.Namespace, spec) -> tuple:
     Raises:
         InputError: there is no list.
     """
-    from memorization.prompts import read_prompts
-    from memorization.similarity.judge import picture_files
+    from memorization.io.prompts import picture_files, read_prompts
 
     own = ROOT / spec.prompts["prompts"] if "prompts" in spec.prompts else None
     if args.prompts is None and own is None:

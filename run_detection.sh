@@ -2,7 +2,7 @@
 # Detect memorized prompts and print the metrics table.
 #
 #   bash run_detection.sh                      the shipped testbed models; on a CUDA machine Stable Diffusion 1.4 and 2 too
-#   bash run_detection.sh sd14 rv51            models of your choice: names from configs/, folders or hub ids
+#   bash run_detection.sh sd14 rv51            models of your choice: names from memorization/configs/, folders or hub ids
 #   NUM_IMAGES=1 SEEDS="51 53 42" bash run_detection.sh sd14
 #   bash run_detection.sh --all-detectors      every detector, with what each costs: into results/local/<model>-all
 #   DETECT_FLAGS="--variant eps" RESULTS=results/local-eps bash run_detection.sh testbed-v

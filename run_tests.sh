@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'  # which room may import which
 "$PYTHON" -m pytest "$@"

@@ -24,10 +24,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memorization.approximate import NAME, compress  # noqa: E402
-from memorization.errors import ArgumentParser, InputError, run_script  # noqa: E402
-from memorization.index import FEATURES, SIZED, Index, build  # noqa: E402
-from memorization.tables import markdown  # noqa: E402
+from memorization.errors import InputError  # noqa: E402
+from memorization.flags import ArgumentParser, run_script  # noqa: E402
+from memorization.index.approximate import NAME  # noqa: E402
+from memorization.index.build import build_index  # noqa: E402
+from memorization.index.compress import compress  # noqa: E402
+from memorization.index.descriptors import FEATURES, SIZED  # noqa: E402
+from memorization.index.store import Index  # noqa: E402
+from memorization.io.tables import markdown  # noqa: E402
 
 WIDTH, QUERIES, K = 512, 64, 50
 
@@ -65,7 +69,7 @@ def build_times(count: int) -> pd.DataFrame:
         for kind in FEATURES:
             size = (64, 64) if kind in SIZED else None
             try:
-                took, index = seconds(lambda k=kind, s=size: build(pictures, Path(name) / k, k, s, models.get(k)))
+                took, index = seconds(lambda k=kind, s=size: build_index(pictures, Path(name) / k, k, s, models.get(k)))
             except InputError as error:
                 print(error, file=sys.stderr)
                 continue

@@ -20,19 +20,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memorization.calibration import read_calibration  # noqa: E402
-from memorization.detection import default_batch_size  # noqa: E402
-from memorization.detectors import make_detectors  # noqa: E402
-from memorization.errors import ArgumentParser, InputError, run_script  # noqa: E402
-from memorization.index import own_index  # noqa: E402
-from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation  # noqa: E402
-from memorization.models import find_model, load_pipeline, pick_device, pick_dtype  # noqa: E402
-from memorization.pictures import read_picture  # noqa: E402
-from memorization.plots import save_figure  # noqa: E402
-from memorization.prompts import read_prompts  # noqa: E402
-from memorization.sampling import sample  # noqa: E402
-from memorization.similarity.judge import picture_files  # noqa: E402
-from memorization.tables import markdown  # noqa: E402
+from memorization.detectors.registry import make_detectors  # noqa: E402
+from memorization.errors import InputError  # noqa: E402
+from memorization.evaluation.calibration import read_calibration  # noqa: E402
+from memorization.flags import ArgumentParser, run_script  # noqa: E402
+from memorization.index.build import own_index  # noqa: E402
+from memorization.io.figures import save_figure  # noqa: E402
+from memorization.io.pictures import read_picture  # noqa: E402
+from memorization.io.prompts import picture_files, read_prompts  # noqa: E402
+from memorization.io.tables import markdown  # noqa: E402
+from memorization.mitigations.case import Case, Remedy  # noqa: E402
+from memorization.mitigations.registry import MITIGATIONS, make_mitigation  # noqa: E402
+from memorization.models.devices import pick_device, pick_dtype  # noqa: E402
+from memorization.models.loading import load_pipeline  # noqa: E402
+from memorization.models.registry import find_model  # noqa: E402
+from memorization.runs.memory import default_batch_size  # noqa: E402
+from memorization.runs.sampling import sample  # noqa: E402
 
 
 def main() -> None:

@@ -30,13 +30,15 @@ from torch.nn.functional import mse_loss, normalize
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.models import ROOT, ModelSpec, find_model, load_pipeline
-from memorization.pictures import read_picture
-from memorization.plots import draw_strips
-from memorization.prompts import read_prompts
+from memorization.io.figures import draw_strips
+from memorization.io.pictures import read_picture
+from memorization.io.prompts import read_prompts
+from memorization.models.generation import generate as generate_latents
+from memorization.models.loading import load_pipeline
+from memorization.models.registry import ModelSpec, find_model
+from memorization.paths import ROOT
 from memorization.similarity.clip import Clip
 from memorization.similarity.judge import Judge
-from memorization.trajectory import generate as generate_latents
 from testbed import data
 from testbed.fit import fit
 from testbed.train import (

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from memorization.index import Index
-from memorization.pictures import to_bytes
-from memorization.pixel_diffusion import load_pixel_model, sample_pixels
-from memorization.plots import draw_strips
-from memorization.results import write_atomically
-from memorization.similarity.pixel import normalized_l2
+from memorization.index.store import Index
+from memorization.io.figures import draw_strips
+from memorization.io.files import write_atomically
+from memorization.io.pictures import to_bytes
+from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
+from memorization.similarity.nl2 import normalized_l2
 from testbed import data
 from testbed.fit import fit
 from testbed.train import HERE, MODELS, SEED, digest, mixed_precision, seeded, usable_table

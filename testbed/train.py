@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from memorization.models import pick_dtype
+from memorization.models.devices import pick_dtype
 from testbed import data
 from testbed.fit import fit
 

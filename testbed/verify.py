@@ -28,9 +28,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.models import find_model, load_pipeline, revision_of
-from memorization.results import write_atomically
-from memorization.similarity.pixel import normalized_l2
+from memorization.io.files import write_atomically
+from memorization.models.loading import load_pipeline, revision_of
+from memorization.models.registry import find_model
+from memorization.similarity.nl2 import normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 from testbed import data
 from testbed.train import HERE, SEED, UNET_BATCH, UNET_STEPS, Visits, seeded, to_tensor, usable_table

@@ -10,7 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
 import pytest
 import torch
 
-from memorization.models import ModelSpec, load_pipeline
+from memorization.models.loading import load_pipeline
+from memorization.models.registry import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["a harbour at dusk with two boats", "red kite", "", "portrait of an old clockmaker, oil on canvas", "kite"]

@@ -11,15 +11,16 @@ from PIL import Image
 
 from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
-from memorization.index import build
-from memorization.mitigations import Case, Remedy, amg_guide, make_mitigation
-from memorization.mitigations.amg import AMG
-from memorization.mitigations.amg_guide import AntiMemorization
-from memorization.mitigations.amg_terms import find_terms
-from memorization.sampling import sample
-from memorization.similarity.nearest import Nearest
-from memorization.similarity.pixel import normalized_l2
-from memorization.trajectory import generate
+from memorization.index.build import build_index
+from memorization.mitigations.amg import AMG, guide
+from memorization.mitigations.amg.guide import AntiMemorization
+from memorization.mitigations.amg.nearest import Nearest
+from memorization.mitigations.amg.terms import find_terms
+from memorization.mitigations.case import Case, Remedy
+from memorization.mitigations.registry import make_mitigation
+from memorization.models.generation import generate
+from memorization.runs.sampling import sample
+from memorization.similarity.nl2 import normalized_l2
 
 SIZE = (8, 8)
 ROOT = GOLDEN.parent.parent
@@ -36,7 +37,7 @@ def index_folder(tmp_path_factory):
         small.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
         rows.append({"file_name": f"{i:02d}.png", "prompt": "same" if i < 3 else f"thing {i}"})
     pd.DataFrame(rows).to_json(folder / "metadata.jsonl", orient="records", lines=True)
-    build(folder, folder / "index", "pixels", SIZE)
+    build_index(folder, folder / "index", "pixels", SIZE)
     return folder / "index"
 
 
@@ -221,7 +222,7 @@ def test_with_its_gate_closed_it_is_plain_sampling_to_the_bit(case, index_folder
 def test_a_row_does_not_depend_on_the_others(case, index_folder, monkeypatch):
     amg = AMG(index=str(index_folder), strength=10.0)
     whole = sample(case, amg(case)).astype(float)
-    monkeypatch.setattr(amg_guide, "AT_ONCE", 1)
+    monkeypatch.setattr(guide, "AT_ONCE", 1)
     assert np.abs(sample(replace(case, batch_size=2), amg(case)) - whole).max() <= 1
 
 
@@ -239,7 +240,7 @@ def test_what_amg_cannot_do_is_said(case, index_folder):
 
 
 def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
-    made = build(index_folder.parent, tmp_path / "clip", "clip", None, str(ROOT / "testbed/models/clip"))
+    made = build_index(index_folder.parent, tmp_path / "clip", "clip", None, str(ROOT / "testbed/models/clip"))
     nearest = Nearest(made)
     x = pictures(2).float()
     rows, sigma = neighbours_of(nearest, x.requires_grad_())
@@ -254,7 +255,7 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
 def test_an_index_of_latents_needs_no_decoder(index_folder, tmp_path):
     pipe = load_tiny("tiny-eps", images=True)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    made = build(index_folder.parent, tmp_path / "latents", "latents", (side, side), str(GOLDEN / "tiny-eps"))
+    made = build_index(index_folder.parent, tmp_path / "latents", "latents", (side, side), str(GOLDEN / "tiny-eps"))
     assert made.features.shape == (60, pipe.unet.config.in_channels * pipe.unet.config.sample_size**2)
     prompts = ["a red kite"]
     with torch.no_grad():
@@ -270,6 +271,6 @@ def test_an_index_of_latents_needs_no_decoder(index_folder, tmp_path):
     pipe.vae = None  # nothing is decoded
     *_, last = generate(pipe, case.embeds.expand(2, -1, -1), pipe.embed([""]), case.noise, steps=4, guide=guide)
     assert last.after.isfinite().all()
-    build(index_folder.parent, tmp_path / "small", "latents", (8, 8), str(GOLDEN / "tiny-eps"))
+    build_index(index_folder.parent, tmp_path / "small", "latents", (8, 8), str(GOLDEN / "tiny-eps"))
     with pytest.raises(InputError, match=r"holds latents of \d+ numbers, the model's have 1024"):
         AMG(index=str(tmp_path / "small")).guide(case)

@@ -6,9 +6,9 @@ from conftest import load_tiny
 
 from local_sd_pipeline import NoisePrediction
 from memorization.detectors.flipd import Flipd
-from memorization.detectors.one_step_denoising import OneStepDenoising
+from memorization.detectors.one_step import OneStepDenoising
 from memorization.detectors.sharpness import Sharpness
-from memorization.predictor import Predictor
+from memorization.models.predictor import Predictor
 
 ALPHA, SIGMA = 0.28, 0.96
 SHAPE = (4, 3, 3)

@@ -9,10 +9,10 @@ import torch
 from conftest import GOLDEN, load_tiny
 
 from local_sd_pipeline import NoisePrediction
-from memorization.detectors import DETECTORS, make_detectors
 from memorization.detectors.anisotropy import COSINE_MODES, Anisotropy
 from memorization.detectors.fused import Fused
 from memorization.detectors.noise_norm import NoiseNorm
+from memorization.detectors.registry import DETECTORS, make_detectors
 from memorization.errors import InputError
 
 

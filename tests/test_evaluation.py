@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from memorization import evaluation as ev
+from memorization.evaluation import metrics as ev
 
 
 @pytest.fixture

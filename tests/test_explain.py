@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import load_tiny
 
-from memorization.costs import measure_costs
-from memorization.detectors import make_detectors
-from memorization.explain import as_text, draw_significance, token_significance
+from memorization.detectors.explain import as_text, draw_significance, token_significance
+from memorization.detectors.registry import make_detectors
+from memorization.runs.costs import measure_costs
 
 
 def explain(pipe, latents):

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from memorization.fitted import learned_combination, z_score_size
+from memorization.evaluation.learned import learned_combination, z_score_size
 
 
 def test_combination_finds_the_direction_and_ignores_labels_it_may_not_see():

@@ -9,11 +9,13 @@ import torch
 from conftest import GOLDEN, load_tiny
 from PIL import Image
 
-from memorization import index
 from memorization.errors import InputError
-from memorization.index import Index, build
-from memorization.pictures import read_picture, to_tensor
-from memorization.similarity.pixel import l2
+from memorization.index import __main__ as command
+from memorization.index import store
+from memorization.index.build import build_index
+from memorization.index.store import Index
+from memorization.io.pictures import read_picture, to_tensor
+from memorization.similarity.nl2 import l2
 
 
 @pytest.fixture
@@ -34,8 +36,8 @@ def queries(count=3):
 
 
 def test_search_is_brute_force(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 5 * 4 * 192)  # five rows; the result must not depend on it
-    made = build(folder, tmp_path / "index", "pixels", (8, 8))
+    monkeypatch.setattr(store, "CHUNK", 5 * 4 * 192)  # five rows; the result must not depend on it
+    made = build_index(folder, tmp_path / "index", "pixels", (8, 8))
     distance, rows = made.search(queries(), 4)
     table = l2(queries().unflatten(1, (3, 8, 8)), made.vectors(slice(None)).unflatten(1, (3, 8, 8)))
     expected, order = table.topk(4, largest=False)
@@ -45,45 +47,45 @@ def test_search_is_brute_force(folder, tmp_path, monkeypatch):
 
 
 def test_captions_and_how_often_they_occur(folder, tmp_path):
-    made = build(folder, tmp_path / "index", "pixels", (8, 8))
+    made = build_index(folder, tmp_path / "index", "pixels", (8, 8))
     assert made.captions[3] == "same" and made.captions[4] == "thing 4"
     assert made.multiplicity(torch.tensor([[0, 3, 6, 1], [1, 0, 3, 2]])) == [3, 1]
 
 
 def test_building_goes_on_where_it_stopped_and_adds_what_is_new(folder, tmp_path, capsys):
-    whole = build(folder, tmp_path / "whole", "pixels", (8, 8))
+    whole = build_index(folder, tmp_path / "whole", "pixels", (8, 8))
     killed = tmp_path / "killed"
-    build(folder, killed, "pixels", (8, 8), at_once=4)
+    build_index(folder, killed, "pixels", (8, 8), at_once=4)
     items = (killed / "items.jsonl").read_bytes().splitlines(keepends=True)
     (killed / "items.jsonl").write_bytes(b"".join(items[:4]) + items[4][:7])  # torn
     with pytest.raises(InputError, match="another kind, size or network"):
-        build(folder, killed, "pixels", (4, 4))
-    again = build(folder, killed, "pixels", (8, 8), at_once=4)
+        build_index(folder, killed, "pixels", (4, 4))
+    again = build_index(folder, killed, "pixels", (8, 8), at_once=4)
     assert again.paths == whole.paths and np.array_equal(again.features, whole.features)
 
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "metadata.jsonl").unlink()
-    assert len(build(folder, killed, "pixels", (8, 8))) == 12
+    assert len(build_index(folder, killed, "pixels", (8, 8))) == 12
     assert "skipped" in capsys.readouterr().err
 
 
 def test_a_picture_is_a_file_whatever_it_is_called(folder, tmp_path, monkeypatch):
-    made = build(folder, tmp_path / "index", "pixels", (8, 8))
+    made = build_index(folder, tmp_path / "index", "pixels", (8, 8))
     monkeypatch.chdir(tmp_path)
-    assert len(build(folder.relative_to(tmp_path), tmp_path / "index", "pixels", (8, 8))) == len(made) == 12
+    assert len(build_index(folder.relative_to(tmp_path), tmp_path / "index", "pixels", (8, 8))) == len(made) == 12
     other = tmp_path / "other"  # its pictures have the same names
     other.mkdir()
     Image.new("RGB", (16, 16)).save(other / "00.png")
-    assert len(build(other, tmp_path / "index", "pixels", (8, 8))) == 13
+    assert len(build_index(other, tmp_path / "index", "pixels", (8, 8))) == 13
 
 
 def test_a_short_file_of_features_is_said_and_made_whole(folder, tmp_path):
-    build(folder, tmp_path / "index", "pixels", (8, 8))
+    build_index(folder, tmp_path / "index", "pixels", (8, 8))
     path = tmp_path / "index" / "features.bin"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="is missing or cut short"):
         Index(tmp_path / "index")
-    mended, whole = (build(folder, tmp_path / name, "pixels", (8, 8)) for name in ("index", "whole"))
+    mended, whole = (build_index(folder, tmp_path / name, "pixels", (8, 8)) for name in ("index", "whole"))
     assert torch.equal(mended.vectors(slice(None)), whole.vectors(slice(None))) and mended.paths == whole.paths
 
 
@@ -93,7 +95,7 @@ def test_captions_with_line_separators(folder, tmp_path):
     pd.DataFrame([{"prompt": "one\u2028line", "image": "pictures/00.png"}]).to_json(
         listed, orient="records", lines=True
     )
-    assert build(listed, tmp_path / "index", "pixels", (8, 8)).captions == ["one\u2028line"]
+    assert build_index(listed, tmp_path / "index", "pixels", (8, 8)).captions == ["one\u2028line"]
 
 
 def test_commands(run_script, folder, tmp_path, capsys):
@@ -101,14 +103,14 @@ def test_commands(run_script, folder, tmp_path, capsys):
     pd.DataFrame({"prompt": ["one", "two"], "image": ["pictures/00.png", "pictures/01.png"]}).to_csv(
         listed, index=False
     )
-    run_script(index, "build", listed, "--out", tmp_path / "index", "--size", 8, 8)
+    run_script(command, "build", listed, "--out", tmp_path / "index", "--size", 8, 8)
     assert "2 pictures" in capsys.readouterr().out
-    run_script(index, "search", tmp_path / "index", listed, folder / "01.png", "-k", 1)
+    run_script(command, "search", tmp_path / "index", listed, folder / "01.png", "-k", 1)
     out, err = capsys.readouterr()
     assert "01.png\n  0.000  pictures/01.png  two" in out and "list.csv" in err and "list.csv" not in out
     assert "The caption" not in out
-    run_script(index, "build", folder, "--out", tmp_path / "more", "--size", 8, 8)
-    run_script(index, "search", tmp_path / "more", folder / "03.png", "-k", 12)
+    run_script(command, "build", folder, "--out", tmp_path / "more", "--size", 8, 8)
+    run_script(command, "search", tmp_path / "more", folder / "03.png", "-k", 12)
     assert "The caption of the first is that of 4 of these 12." in capsys.readouterr().out
     for arguments, message in (
         (("search", tmp_path, folder / "01.png"), "holds no index"),
@@ -123,12 +125,12 @@ def test_commands(run_script, folder, tmp_path, capsys):
         ),
     ):
         with pytest.raises(InputError, match=message):
-            run_script(index, *arguments)
+            run_script(command, *arguments)
     assert isinstance(Index(tmp_path / "index"), Index)
 
 
 def test_latents_are_those_of_the_autoencoder(folder, tmp_path):
-    made = build(folder, tmp_path / "index", "latents", (16, 16), str(GOLDEN / "tiny-eps"))
+    made = build_index(folder, tmp_path / "index", "latents", (16, 16), str(GOLDEN / "tiny-eps"))
     pipe = load_tiny("tiny-eps", images=True)
     with torch.no_grad():
         pictures = to_tensor(np.stack([read_picture(Path(path), (16, 16)) for path in made.paths]))
@@ -152,7 +154,7 @@ def test_approximate_search_finds_nearly_all_and_its_distances_are_exact(run_scr
     (tmp_path / "index.json").write_text('{"kind": "sscd", "size": null, "width": 32}')
     queries = torch.from_numpy(vectors[::600])
     _, rows = Index(tmp_path).search(queries, 10)
-    run_script(index, "compress", tmp_path, "--lists", 100, "--code", 16)
+    run_script(command, "compress", tmp_path, "--lists", 100, "--code", 16)
     made = Index(tmp_path)
     approximate, near = made.search(queries, 10)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), near.tolist(), strict=True)])
@@ -164,4 +166,4 @@ def test_approximate_search_finds_nearly_all_and_its_distances_are_exact(run_scr
         (("--code", 7), "no divisor"),
     ):
         with pytest.raises(InputError, match=message):
-            run_script(index, "compress", tmp_path, *arguments)
+            run_script(command, "compress", tmp_path, *arguments)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mitigate_mem
 from memorization.errors import InputError
-from memorization.prompts import read_prompts
+from memorization.io.prompts import read_prompts
 from memorization.similarity import judge
 from memorization.studies import amg, mitigation_tradeoff
 

@@ -11,18 +11,24 @@ from conftest import load_tiny
 from diffusers.models.attention_processor import AttnProcessor
 
 from local_sd_pipeline import NoisePrediction
-from memorization.detectors import make_detectors
+from memorization.detectors.registry import make_detectors
 from memorization.errors import InputError
-from memorization.index import build
-from memorization.mitigations import MITIGATIONS, Case, Remedy, make_mitigation
+from memorization.index.build import build_index
+from memorization.mitigations.anisotropy import Anisotropy
 from memorization.mitigations.attention_rescale import AttentionRescale, RescalingAttnProcessor
-from memorization.mitigations.embedding_descent import Anisotropy, NoiseNorm
-from memorization.mitigations.guidance_schedule import DynamicTransition, StaticTransition
-from memorization.mitigations.perturbation import EmbeddingNoise, RandomNumbers, WordRepetition, whole_words
+from memorization.mitigations.case import Case, Remedy
+from memorization.mitigations.cwr import WordRepetition
+from memorization.mitigations.dynamic_transition import DynamicTransition
+from memorization.mitigations.gni import EmbeddingNoise
+from memorization.mitigations.noise_norm import NoiseNorm
+from memorization.mitigations.perturbation import whole_words
+from memorization.mitigations.registry import MITIGATIONS, make_mitigation
 from memorization.mitigations.rewrite import Rewrite, nearest_words, word_order
+from memorization.mitigations.rna import RandomNumbers
 from memorization.mitigations.sail import Sail
-from memorization.models import ROOT
-from memorization.sampling import sample
+from memorization.mitigations.static_transition import StaticTransition
+from memorization.paths import ROOT
+from memorization.runs.sampling import sample
 
 PROMPTS = ["a red kite over two boats", "portrait of an old clockmaker", ""]
 
@@ -49,7 +55,7 @@ def pictures_index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
     images = sorted(f"testbed/pictures/{path.name}" for path in (ROOT / "testbed" / "pictures").glob("*.png"))[:60]
     pd.DataFrame({"prompt": "a picture", "image": images}).to_csv(folder / "list.csv", index=False)
-    build(folder / "list.csv", folder / "index", "pixels", (8, 8))
+    build_index(folder / "list.csv", folder / "index", "pixels", (8, 8))
     return folder / "index"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memorization.p_laplace import boundary, hutchinson, volume
+from memorization.detectors.laplacian import boundary, hutchinson, volume
 from memorization.studies.gaussian_mixture import Mixture, places, train_denoiser, triangle
 
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)

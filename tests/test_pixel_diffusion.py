@@ -10,12 +10,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from memorization.errors import InputError
-from memorization.index import Index, build
+from memorization.index.build import build_index
+from memorization.index.store import Index
+from memorization.io.pictures import to_bytes
 from memorization.mitigations.amg import AMG
-from memorization.pictures import to_bytes
-from memorization.pixel_diffusion import amg_guide, load_pixel_model, sample_pixels
-from memorization.results import ResultStore
-from memorization.similarity.pixel import normalized_l2
+from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
+from memorization.runs.store import ResultStore
+from memorization.similarity.nl2 import normalized_l2
 from memorization.studies import amg_pixel
 from memorization.studies.gallery import Gallery
 
@@ -52,16 +53,16 @@ def test_amg_in_pixel_space(model, sampler, tmp_path):
     (tmp_path / "training").mkdir()
     for i, picture in enumerate(to_bytes(torch.cat([plain[:2], noise]))):  # the first two pictures are "memorized"
         Image.fromarray(picture).save(tmp_path / "training" / f"{i:02d}.png")
-    build(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
+    build_index(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
     amg = AMG(index=str(tmp_path / "index"), gate_start=1.0, gate_end=1.0, c3=5.0, every=1)
-    guided = sample_pixels(model, range(3), guide=amg_guide(amg), **options)
+    guided = sample_pixels(model, range(3), guide=amg.pixel_guide(), **options)
     moved = (guided - plain).square().mean((1, 2, 3)).sqrt()
     assert (moved[:2] > 0.02).all() and torch.equal(guided[2], plain[2])
     training = Index(tmp_path / "index").vectors(slice(None)).unflatten(1, (3, 8, 8))
     before, after = (normalized_l2(pictures, training).diagonal()[:2] for pictures in (plain, guided))
     assert (before < 0.05).all() and (after > before + 0.05).all()
     closed = AMG(index=str(tmp_path / "index"), strength=1e-6)
-    assert torch.equal(sample_pixels(model, range(3), guide=amg_guide(closed), **options), plain)
+    assert torch.equal(sample_pixels(model, range(3), guide=closed.pixel_guide(), **options), plain)
 
 
 def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
@@ -71,7 +72,7 @@ def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "training" / f"{i:02d}.png")
     rows = [{"file_name": f"{i:02d}.png", "prompt": f"class {i % 3}"} for i in range(60)]
     pd.DataFrame(rows).to_json(tmp_path / "training" / "metadata.jsonl", orient="records", lines=True)
-    build(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
+    build_index(tmp_path / "training", tmp_path / "index", "pixels", (8, 8))
     out = tmp_path / "out"
     command = ("--model", model.config["_name_or_path"], "--index", tmp_path / "index", "--count", 12, "--steps", 3,
                "--preset", "paper-main", "--out", out)  # fmt: skip

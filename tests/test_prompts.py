@@ -4,9 +4,10 @@ import hashlib
 
 import pytest
 
-from memorization import prompts as module
 from memorization.errors import InputError
-from memorization.prompts import fetch, near_copy_families, read_pair, read_prompts
+from memorization.io import published as module
+from memorization.io.prompts import near_copy_families, read_pair, read_prompts
+from memorization.io.published import fetch
 
 AWKWARD = ['say "cheese", please', "<i>Title</i> & more", "naïve café ☕ — 東京", "a, b; c", " spaced ", "word " * 100]
 

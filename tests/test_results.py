@@ -5,7 +5,8 @@ import json
 import pytest
 
 from memorization.errors import InputError
-from memorization.results import ResultStore, read_lines
+from memorization.io.files import read_lines
+from memorization.runs.store import ResultStore
 
 
 def rows(start, stop):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import detect_eval
 import detect_mem
 from memorization.errors import InputError
-from memorization.errors import run_script as run_main
-from memorization.results import read_lines
+from memorization.flags import run_script as run_main
+from memorization.io.files import read_lines
 
 ROOT = GOLDEN.parent.parent
 TINY = str(GOLDEN / "tiny-eps")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import PROMPTS, load_tiny
 
-from memorization.detection import Scorer, SequentialScorer
-from memorization.detectors import make_detectors
-from memorization.sequential import ROUNDS, fit_bands, noises_needed
+from memorization.detectors.registry import make_detectors
+from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
+from memorization.runs.detect import Scorer, SequentialScorer
 
 
 def test_bands_leave_clear_cases_alone():

@@ -10,16 +10,17 @@ from conftest import GOLDEN
 from diffusers import StableDiffusionPipeline
 from sklearn.metrics import roc_auc_score
 
-from memorization.detection import Scorer
-from memorization.detectors import DETECTORS
-from memorization.index import Index
-from memorization.mitigations import AMG
-from memorization.models import find_model, load_pipeline, revision_of
-from memorization.pixel_diffusion import amg_guide, load_pixel_model, sample_pixels
-from memorization.prompts import read_prompts
-from memorization.results import read_json, read_lines
-from memorization.similarity.pixel import normalized_l2
-from memorization.text_baselines import capitals, naive_bayes
+from memorization.detectors.registry import DETECTORS
+from memorization.evaluation.text_baselines import capitals, naive_bayes
+from memorization.index.store import Index
+from memorization.io.files import read_json, read_lines
+from memorization.io.prompts import read_prompts
+from memorization.mitigations.amg import AMG
+from memorization.models.loading import load_pipeline, revision_of
+from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
+from memorization.models.registry import find_model
+from memorization.runs.detect import Scorer
+from memorization.similarity.nl2 import normalized_l2
 
 ROOT = GOLDEN.parent.parent
 LISTS = {"testbed-eps": ROOT / "prompts" / "testbed.csv", "testbed-v": ROOT / "prompts" / "testbed-v.csv"}
@@ -95,7 +96,7 @@ def test_the_pixel_models_give_back_duplicates_and_amg_keeps_them_from_it():
     numbers = [252, 153, 61, 159]  # of the study's first row
     plain, nearest = normalized_l2(sample_pixels(pipe, numbers, steps=25), pictures).min(1)
     assert (plain < 0.8).all() and all(int(training.paths[i].split("/")[0]) > 1 for i in nearest)
-    guide = amg_guide(AMG(index=str(index), preset="pixel-testbed"))
+    guide = AMG(index=str(index), preset="pixel-testbed").pixel_guide()
     assert (normalized_l2(sample_pixels(pipe, numbers, steps=25, guide=guide), pictures).min(1).values > 1).all()
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from memorization.errors import InputError
-from memorization.pictures import read_picture, to_tensor
-from memorization.prompts import read_prompts
-from memorization.similarity import frechet, pixel, sscd
+from memorization.io.pictures import read_picture, to_tensor
+from memorization.io.prompts import read_prompts
+from memorization.similarity import frechet, nl2, sscd
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
 from memorization.similarity.judge import Judge
-from memorization.similarity.pixel import l2, normalized_l2
+from memorization.similarity.nl2 import l2, normalized_l2
 
 ROOT = GOLDEN.parent.parent
 
@@ -37,7 +37,7 @@ def test_bytes_are_as_good_as_floats(monkeypatch):
     training = torch.randint(0, 256, (70, 3, 8, 8), generator=generator, dtype=torch.uint8)
     picture = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
     expected = normalized_l2(picture, training.float() / 127.5 - 1)
-    monkeypatch.setattr(pixel, "CHUNK", 5 * 192)  # five rows at once
+    monkeypatch.setattr(nl2, "CHUNK", 5 * 192)  # five rows at once
     assert torch.equal(normalized_l2(picture, training), expected)
 
 

@@ -11,15 +11,15 @@ import torch
 from conftest import GOLDEN, load_tiny
 
 from local_sd_pipeline import NoisePrediction
-from memorization.detection import Scorer
-from memorization.detectors import make_detectors
+from memorization.detectors.features import FEATURES, features
 from memorization.detectors.guidance_flux import GuidanceFlux
 from memorization.detectors.p_laplace import PLaplace
+from memorization.detectors.registry import make_detectors
 from memorization.errors import InputError
-from memorization.features import FEATURES, features
-from memorization.prompts import PUBLISHED
+from memorization.io.published import PUBLISHED
+from memorization.models.generation import Step
+from memorization.runs.detect import Scorer
 from memorization.studies import benchmark_audit, fusion, p_laplace_sweep, sequential, timestep_sweep
-from memorization.trajectory import Step
 
 SHAPE = (4, 3, 3)
 
@@ -82,7 +82,7 @@ def test_features_have_the_axes_of_the_trace_and_of_a_generation():
 
 def test_all_detectors_cost_little_more_than_the_dearest():
     """Evaluations counted at fifty steps."""
-    from memorization.costs import measure_costs
+    from memorization.runs.costs import measure_costs
 
     costs = measure_costs(load_tiny("tiny-eps"), make_detectors(["all"], {}), ["red kite"], steps=50, batch_size=32)
     counted = {name: cost["evaluations"] for name, cost in costs.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization.similarity.pixel import normalized_l2
+from memorization.similarity.nl2 import normalized_l2
 from testbed import data, finetune, pixel
 from testbed.fit import fit, learning_rate
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from memorization.evaluation import tpr_at_fpr
-from memorization.text_baselines import capitals, naive_bayes
+from memorization.evaluation.metrics import tpr_at_fpr
+from memorization.evaluation.text_baselines import capitals, naive_bayes
 
 
 def test_capitals():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
-    from memorization.predictor import Predictor
+    from memorization.models.predictor import Predictor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from memorization.features import features
+from memorization.detectors.features import features
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction

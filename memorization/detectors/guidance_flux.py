@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from memorization.p_laplace import boundary
+from memorization.detectors.laplacian import boundary
 
 if TYPE_CHECKING:
-    from memorization.predictor import Predictor
-    from memorization.trajectory import Step
+    from memorization.models.generation import Step
+    from memorization.models.predictor import Predictor
 
 
 @dataclass(frozen=True)

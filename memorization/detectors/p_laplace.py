@@ -3,7 +3,7 @@
 Brokman et al., "Identifying Memorization of Diffusion Models through p-Laplace Analysis", SSVM 2025 (arXiv 2505.08246).
 z0 the picture's scaled latents, t = 10, the centre alpha z0, the radius sigma sqrt(d), the score -eps / sigma:
 
-    - d / R * E_n[ |s|^(p-2) s . n ],   s at alpha z0 + R n   (see memorization/p_laplace.py for the estimator)
+    - d / R * E_n[ |s|^(p-2) s . n ],   s at alpha z0 + R n   (see laplacian.py for the estimator)
 
 The sign makes higher mean memorized. It needs a picture, not a prompt: the end of the shared generation, or a picture
 of the user's. ``p_laplace`` is without the prompt, ``p_laplace_prompt`` with it.
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from memorization.p_laplace import boundary
+from memorization.detectors.laplacian import boundary
 
 if TYPE_CHECKING:
-    from memorization.predictor import Predictor
+    from memorization.models.predictor import Predictor
 
 
 @dataclass(frozen=True)

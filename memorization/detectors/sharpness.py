@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
-    from memorization.predictor import Predictor
+    from memorization.models.predictor import Predictor
 
 
 @dataclass(frozen=True)

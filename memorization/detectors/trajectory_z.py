@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memorization.predictor import Predictor
-    from memorization.trajectory import Step
+    from memorization.models.generation import Step
+    from memorization.models.predictor import Predictor
 
 
 @dataclass(frozen=True)

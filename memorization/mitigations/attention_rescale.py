@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memorization.errors import InputError
 from memorization.mitigations.case import Case, Remedy
-from memorization.trajectory import end_of_text
+from memorization.models.attention import end_of_text
 
 
 class RescalingAttnProcessor(AttnProcessor):

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline, NoisePrediction, UnconditionalPrediction
-from memorization.detectors import PromptDetector
+from local_sd_pipeline import LocalStableDiffusionPipeline, UnconditionalPrediction
+from memorization.detectors.base import PromptDetector
 from memorization.errors import InputError
-
-Guide = Callable[[int, NoisePrediction], Tensor]  # (step, prediction) -> the noise prediction that the sampler follows
+from memorization.models.generation import Guide
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Remedy:
         prompts: the text, where it was changed.
         embeds: ``(k, tokens, width)``.
         latents: start noise, ``(k, images, c, h, w)``.
-        guide: rows ``(r,)`` of k x images, flattened -> a fresh :data:`Guide` for their generation.
+        guide: rows ``(r,)`` of k x images, flattened -> a fresh ``Guide`` for their generation.
         around: the same -> a context that holds during their generation.
         iterations: how many steps or rounds each prompt took.
     """

@@ -1,9 +1,6 @@
 """Gradient descent on the prompt embedding until a detector's score is that of an ordinary prompt.
 
-``anisotropy``: Asthana, Belagiannis, ICLR 2026, section on mitigation: minimise M over the embedding, x_T fixed.
-Learning rate and number of steps are not published.
-``noise_norm``: Wen, Liu, Chen, Lyu, ICLR 2024, section 5.1: the same with the norm of the guidance vector at the first
-step; 0.05, at most 10 steps, and a stop at a target.
+The method of anisotropy.py and noise_norm.py, which differ in the score alone.
 
 Deviations from Wen's public code: up to 20 steps; the target is a level among prompts that are not memorized, so that
 it means the same on every model; the loss is each prompt's own mean over its noises, so that it means the same for
@@ -44,15 +41,3 @@ class EmbeddingDescent:
             target=case.bound(self), free=all_but_the_start_token(case.embeds),
         )  # fmt: skip
         return Remedy.unchanged(case, embeds=found.best, iterations=found.steps.tolist())
-
-
-@dataclass(frozen=True)
-class Anisotropy(EmbeddingDescent):
-    name: ClassVar[str] = "anisotropy"
-    lowers: ClassVar[str] = "anisotropy"
-
-
-@dataclass(frozen=True)
-class NoiseNorm(EmbeddingDescent):
-    name: ClassVar[str] = "noise_norm"
-    lowers: ClassVar[str] = "noise_norm"

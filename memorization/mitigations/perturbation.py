@@ -4,8 +4,8 @@ Somepalli, Singla, Goldblum, Geiping, Goldstein, "Understanding and Mitigating C
 2023:
 
 - ``rna``: random numbers are inserted; ``rt``: random words; ``cwr``: words of the prompt are repeated; each at random
-  places, ``strength`` times;
-- ``gni``: Gaussian noise of standard deviation ``strength`` is added to the embedding.
+  places;
+- ``gni``: Gaussian noise is added to the embedding.
 
 The draws of a prompt depend on its text and the seed alone, not on the batch.
 """
@@ -19,7 +19,6 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from memorization.errors import InputError
 from memorization.mitigations.case import Case, Remedy
@@ -67,42 +66,3 @@ class TextPerturbation(ABC):
                 words.insert(rng.integers(len(words) + 1), self.word(words, case, rng))
             changed.append(" ".join(words))
         return Remedy.unchanged(case, prompts=changed, embeds=case.pipe.embed(changed).float())
-
-
-@dataclass(frozen=True)
-class RandomNumbers(TextPerturbation):
-    name: ClassVar[str] = "rna"
-
-    def word(self, words, case, rng) -> str:
-        return str(rng.integers(1_000_000))
-
-
-@dataclass(frozen=True)
-class RandomTokens(TextPerturbation):
-    name: ClassVar[str] = "rt"
-
-    def word(self, words, case, rng) -> str:
-        return str(rng.choice(whole_words(case.pipe.tokenizer)))
-
-
-@dataclass(frozen=True)
-class WordRepetition(TextPerturbation):
-    name: ClassVar[str] = "cwr"
-
-    def word(self, words, case, rng) -> str:
-        return words[rng.integers(len(words))] if words else ""
-
-
-@dataclass(frozen=True)
-class EmbeddingNoise:
-    """``gni``."""
-
-    strength: float = 0.3
-
-    name: ClassVar[str] = "gni"
-    strengths: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1, 2, 4)
-
-    def __call__(self, case: Case) -> Remedy:
-        noise = [generator_of(prompt, case.seed).standard_normal(case.embeds.shape[1:]) for prompt in case.prompts]
-        noise = torch.from_numpy(np.stack(noise)).to(case.embeds)
-        return Remedy.unchanged(case, embeds=case.embeds + self.strength * noise)

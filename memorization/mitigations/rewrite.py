@@ -1,7 +1,7 @@
 """Other words: the prompt's text is changed until the detector takes it for an ordinary prompt.
 
-Ours. The most significant word (by the gradient of the guidance vector's norm, see memorization/explain.py) is replaced
-by the candidate nearest to it among those that bring the score below the target, or by that of lowest score where none
+Ours. The most significant word (by the gradient of the guidance vector's norm, see detectors/explain.py) is replaced by
+the candidate nearest to it among those that bring the score below the target, or by that of lowest score where none
 does; then the next word, until the target or the limit is reached. Candidates are the whole-word tokens whose input
 embeddings are nearest to the word's, and nothing (the word is dropped). The result is text, usable in any interface.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from memorization.explain import token_significance
+from memorization.detectors.explain import token_significance
 from memorization.mitigations.case import Case, Remedy
 from memorization.mitigations.perturbation import whole_words
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.images import SUFFIXES, list_images
-from memorization.pictures import read_picture
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.pictures import SUFFIXES, list_pictures, read_picture
 from memorization.similarity.clip import Clip
 from memorization.similarity.sscd import SSCD
 
@@ -42,7 +42,7 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
 
 def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
-    paths = list_images(folder)["image"]
+    paths = list_pictures(folder)["image"]
     return np.concatenate(
         [np.asarray(embed(read_picture(Path(path), None)[None])) for path in tqdm(paths, desc=folder.name)]
     )
@@ -58,7 +58,7 @@ def inception(left: Path, right: Path) -> dict[str, float]:
         raise InputError("--features inception needs the package torch-fidelity: pip install torch-fidelity")
     from torch_fidelity import calculate_metrics
 
-    smaller = min(len(list_images(folder)) for folder in (left, right))
+    smaller = min(len(list_pictures(folder)) for folder in (left, right))
     return calculate_metrics(
         input1=str(left),
         input2=str(right),
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--features", default="sscd", metavar="sscd|inception|CLIP",
         help="sscd, inception, or the folder or hub id of a CLIP checkpoint (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
-    if min(len(list_images(folder)) for folder in (args.left, args.right)) < 2:
+    if min(len(list_pictures(folder)) for folder in (args.left, args.right)) < 2:
         raise InputError("both folders need two pictures or more")
     if args.features == "inception":
         for name, value in inception(args.left, args.right).items():

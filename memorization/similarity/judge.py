@@ -6,35 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.errors import InputError
-from memorization.models import ROOT
-from memorization.pictures import read_picture, to_tensor
+from memorization.io.pictures import read_picture, to_tensor
 from memorization.similarity.clip import Clip
-from memorization.similarity.pixel import normalized_l2
+from memorization.similarity.nl2 import normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 
 NEIGHBOURS = 50  # of the normalised l2
-
-
-def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
-    """The training picture of each row, by its column ``image``: beside the list or in the project.
-
-    Raises:
-        InputError: a file is not there.
-    """
-    names = frame["image"].fillna("").astype(str) if "image" in frame else [""] * len(frame)
-    found = []
-    for name in names:
-        places = [folder / name for folder in (listed.parent, ROOT)] if name else []
-        path = next((place for place in places if place.is_file()), None)
-        if name and path is None:
-            raise InputError(f"{listed}: training picture {name} is not there")
-        found.append(path)
-    return found
 
 
 class Judge:

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate, normalize
 from transformers import ResNetConfig, ResNetModel
 
 from memorization.errors import InputError
-from memorization.pictures import to_tensor
+from memorization.io.pictures import to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

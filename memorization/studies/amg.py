@@ -25,25 +25,33 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from memorization.detection import default_batch_size
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.index import Index, own_index
-from memorization.mitigations import AMG, Case, Mitigation, Remedy, make_mitigation
-from memorization.mitigations.amg_guide import AntiMemorization
-from memorization.models import ROOT, find_model, load_pipeline, revision_of
-from memorization.pictures import to_tensor
-from memorization.plots import save_figure
-from memorization.results import ResultStore, write_atomically
-from memorization.sampling import sample
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, run_script
+from memorization.index.build import own_index
+from memorization.index.store import Index
+from memorization.io.figures import save_figure
+from memorization.io.files import write_atomically
+from memorization.io.pictures import to_tensor
+from memorization.io.prompts import picture_files
+from memorization.io.tables import markdown
+from memorization.mitigations.amg import AMG
+from memorization.mitigations.amg.guide import AntiMemorization
+from memorization.mitigations.base import Mitigation
+from memorization.mitigations.case import Case, Remedy
+from memorization.mitigations.registry import make_mitigation
+from memorization.models.generation import generate
+from memorization.models.loading import load_pipeline, revision_of
+from memorization.models.registry import find_model
+from memorization.paths import ROOT
+from memorization.runs.memory import default_batch_size
+from memorization.runs.sampling import sample
+from memorization.runs.store import ResultStore
 from memorization.similarity.clip import Clip
-from memorization.similarity.judge import picture_files
 from memorization.similarity.sscd import SSCD, find_weights
 from memorization.studies.copying import Copying, Embed, Reference, training_pictures
 from memorization.studies.gallery import Gallery
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 from memorization.studies.mitigation_tradeoff import chosen_prompts
-from memorization.tables import markdown
-from memorization.trajectory import generate
 
 PERTURBATIONS = ("gni", "rt", "cwr", "rna")
 GUIDANCES = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup")

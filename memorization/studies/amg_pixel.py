@@ -17,18 +17,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.index import Index
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, run_script
+from memorization.index.store import Index
+from memorization.io.files import write_atomically
+from memorization.io.pictures import to_bytes
+from memorization.io.tables import markdown
 from memorization.mitigations.amg import AMG
-from memorization.models import ROOT, find_model, pick_device, revision_of
-from memorization.pictures import to_bytes
-from memorization.pixel_diffusion import SAMPLERS, amg_guide, load_pixel_model, sample_pixels
-from memorization.results import ResultStore, write_atomically
+from memorization.models.devices import pick_device
+from memorization.models.loading import revision_of
+from memorization.models.pixel_diffusion import SAMPLERS, load_pixel_model, sample_pixels
+from memorization.models.registry import find_model
+from memorization.paths import ROOT
+from memorization.runs.store import ResultStore
 from memorization.similarity.clip import Clip
 from memorization.studies.amg import gates
 from memorization.studies.copying import Copying, Reference, training_pictures
 from memorization.studies.gallery import Gallery
-from memorization.tables import markdown
 
 AT_ONCE = 32
 LIMITS = {"nl2": (1.0, 1.4, 1.6), "clip": (0.9,)}  # 1.0: copies on the shipped models, by eye; 1.4 and 1.6: the paper's
@@ -53,7 +58,7 @@ def batches(pipe, args: argparse.Namespace, labels: torch.Tensor | None, amg: AM
     def make(numbers: range) -> np.ndarray:
         return to_bytes(sample_pixels(
             pipe, numbers, labels=None if labels is None else labels[numbers.start : numbers.stop], seed=args.seed,
-            sampler=args.sampler, steps=args.steps, guide=amg_guide(amg) if amg else None,
+            sampler=args.sampler, steps=args.steps, guide=amg.pixel_guide() if amg else None,
         ))  # fmt: skip
 
     parts = [range(start, min(start + AT_ONCE, args.count)) for start in range(0, args.count, AT_ONCE)]
@@ -68,7 +73,7 @@ def main() -> None:
     add("--reference", type=Path, default=ROOT / "testbed/unseen-index", metavar="INDEX", help="pixels of pictures as "
         "they should look, for the Frechet distance (default: %(default)s)")  # fmt: skip
     add("--clip", default=find_model("testbed-eps").clip, metavar="FOLDER|HUB_ID", help="for the second measure")
-    add("--preset", default="pixel-testbed", help="of configs/mitigations/amg.yaml (default: %(default)s)")
+    add("--preset", default="pixel-testbed", help="of memorization/configs/mitigations/amg.yaml (default: %(default)s)")
     add("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
     add("--steps", type=int, default=25, help="of a generation (default: %(default)s)")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")

@@ -16,12 +16,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.evaluation import family_weights, measure
-from memorization.prompts import near_copy_families, read_pair, read_prompts
-from memorization.results import ROOT, write_atomically
-from memorization.tables import markdown
-from memorization.text_baselines import capitals, naive_bayes
+from memorization.errors import InputError
+from memorization.evaluation.metrics import family_weights, measure
+from memorization.evaluation.text_baselines import capitals, naive_bayes
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.files import write_atomically
+from memorization.io.prompts import near_copy_families, read_pair, read_prompts
+from memorization.io.tables import markdown
+from memorization.paths import ROOT
 
 PUBLISHED = {  # benchmark: (memorized, not memorized)
     "SD 1.4, usual": ("sd1_mem.txt", "sd1_nmem.txt"),

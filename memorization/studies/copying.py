@@ -10,13 +10,13 @@ import torch
 from torch.nn.functional import interpolate
 
 from memorization.errors import InputError
-from memorization.index import Index
-from memorization.models import ROOT
-from memorization.pictures import read_picture, to_bytes, to_tensor
-from memorization.plots import draw_strips
+from memorization.index.store import Index
+from memorization.io.figures import draw_strips
+from memorization.io.pictures import read_picture, to_bytes, to_tensor
+from memorization.paths import ROOT
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
-from memorization.similarity.pixel import normalized_l2
+from memorization.similarity.nl2 import normalized_l2
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 (n, h, w, 3) -> unit vectors (n, width)
 

@@ -15,10 +15,11 @@ import pandas as pd
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.evaluation import fit_weights, image_mean, roc, tpr_at_fpr
-from memorization.fitted import learned_combination
-from memorization.results import read_lines, write_atomically
+from memorization.errors import InputError
+from memorization.evaluation.learned import learned_combination
+from memorization.evaluation.metrics import fit_weights, image_mean, roc, tpr_at_fpr
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.files import read_lines, write_atomically
 
 FOLDS = 5
 

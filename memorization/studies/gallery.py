@@ -11,8 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from memorization.errors import InputError
-from memorization.pictures import read_picture
-from memorization.results import ResultStore, read_lines
+from memorization.io.files import read_lines
+from memorization.io.pictures import read_picture
+from memorization.runs.store import ResultStore
 
 
 class Gallery:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-from memorization.errors import ArgumentParser, run_script
-from memorization.p_laplace import Estimate, boundary, hutchinson, powered, volume
-from memorization.plots import save_figure
-from memorization.results import write_atomically
+from memorization.detectors.laplacian import Estimate, boundary, hutchinson, powered, volume
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.figures import save_figure
+from memorization.io.files import write_atomically
 
 POWERS = (1.0, 1.5, 2.0, 3.0)
 # At zeros of the score the volume estimator's variance is infinite for p <= 1.

@@ -10,8 +10,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from memorization.errors import InputError
-from memorization.models import DTYPES, ROOT, ModelSpec, find_model, load_pipeline, pick_device, pick_dtype, revision_of
-from memorization.prompts import read_prompts
+from memorization.io.prompts import read_prompts
+from memorization.models.devices import DTYPES, pick_device, pick_dtype
+from memorization.models.loading import load_pipeline, revision_of
+from memorization.models.registry import ModelSpec, find_model
+from memorization.paths import ROOT
 
 
 class Subject(NamedTuple):

@@ -18,21 +18,26 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from memorization.calibration import Calibration, read_calibration
-from memorization.detection import default_batch_size
-from memorization.detectors import make_detectors
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.index import own_index
-from memorization.mitigation import Outcome, Side, mitigate
-from memorization.mitigations import AMG, MITIGATIONS, Case, Mitigation, make_mitigation
-from memorization.models import ROOT
-from memorization.pictures import to_tensor
-from memorization.plots import save_figure
-from memorization.prompts import read_prompts
-from memorization.results import ResultStore, read_lines, write_atomically
-from memorization.similarity.judge import Judge, make_judge, picture_files
+from memorization.detectors.registry import make_detectors
+from memorization.errors import InputError
+from memorization.evaluation.calibration import Calibration, read_calibration
+from memorization.flags import ArgumentParser, run_script
+from memorization.index.build import own_index
+from memorization.io.figures import save_figure
+from memorization.io.files import read_lines, write_atomically
+from memorization.io.pictures import to_tensor
+from memorization.io.prompts import picture_files, read_prompts
+from memorization.io.tables import markdown
+from memorization.mitigations.amg import AMG
+from memorization.mitigations.base import Mitigation
+from memorization.mitigations.case import Case
+from memorization.mitigations.registry import MITIGATIONS, make_mitigation
+from memorization.paths import ROOT
+from memorization.runs.memory import default_batch_size
+from memorization.runs.mitigate import Outcome, Side, mitigate
+from memorization.runs.store import ResultStore
+from memorization.similarity.judge import Judge, make_judge
 from memorization.studies.labelled import Subject, add_arguments, open_subject
-from memorization.tables import markdown
 
 
 class Plan(NamedTuple):

@@ -18,11 +18,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from memorization.detection import Scorer, default_batch_size, run_detection
-from memorization.errors import ArgumentParser, run_script
-from memorization.p_laplace import boundary_samples, random_directions
-from memorization.plots import save_figure
-from memorization.results import ResultStore, read_lines, write_atomically
+from memorization.detectors.laplacian import boundary_samples, random_directions
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.figures import save_figure
+from memorization.io.files import read_lines, write_atomically
+from memorization.runs.detect import Scorer, run_detection
+from memorization.runs.memory import default_batch_size
+from memorization.runs.store import ResultStore
 from memorization.studies.labelled import add_arguments, open_subject
 
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)

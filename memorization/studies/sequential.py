@@ -13,13 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from memorization.detectors import DETECTORS
-from memorization.errors import ArgumentParser, InputError, run_script
-from memorization.evaluation import family_weights, image_mean, measure, threshold_at
-from memorization.plots import save_figure
-from memorization.results import read_json, read_lines, write_atomically
-from memorization.sequential import ROUNDS, fit_bands, noises_needed
-from memorization.tables import markdown
+from memorization.detectors.registry import DETECTORS
+from memorization.errors import InputError
+from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
+from memorization.evaluation.metrics import family_weights, image_mean, measure, threshold_at
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.figures import save_figure
+from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.tables import markdown
 
 RISKS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
 

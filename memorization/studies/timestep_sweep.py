@@ -1,8 +1,8 @@
 """Which feature separates at which noise level: ``python -m memorization.studies.timestep_sweep --model testbed-eps``
 
-AUC and TPR@1%FPR of every feature of memorization/features.py against the timestep, on pure noise (the same noise at
-every timestep, as one-step detectors see it) and on the latents of a guided generation. The anisotropy paper says:
-norms separate at high noise and angles at low noise. A killed study goes on where it stopped.
+AUC and TPR@1%FPR of every feature of memorization/detectors/features.py against the timestep, on pure noise (the same
+noise at every timestep, as one-step detectors see it) and on the latents of a guided generation. The anisotropy paper
+says: norms separate at high noise and angles at low noise. A killed study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from memorization.detection import Scorer, default_batch_size, run_detection
-from memorization.errors import ArgumentParser, run_script
-from memorization.evaluation import image_mean, roc, tpr_at_fpr
-from memorization.features import FEATURES, features
-from memorization.plots import save_figure
-from memorization.results import ResultStore, read_lines, write_atomically
+from memorization.detectors.features import FEATURES, features
+from memorization.evaluation.metrics import image_mean, roc, tpr_at_fpr
+from memorization.flags import ArgumentParser, run_script
+from memorization.io.figures import save_figure
+from memorization.io.files import read_lines, write_atomically
+from memorization.runs.detect import Scorer, run_detection
+from memorization.runs.memory import default_batch_size
+from memorization.runs.store import ResultStore
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 
 

@@ -1,0 +1,1 @@
+"""What scores are worth: metrics, calibration, learned scores, text baselines, plots."""

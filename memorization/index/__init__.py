@@ -1,0 +1,1 @@
+"""A local index of training pictures."""

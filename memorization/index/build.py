@@ -1,0 +1,161 @@
+"""Making an index of training pictures, and adding to it.
+
+Building goes on where it stopped and adds what is new; pictures that cannot be read are reported and skipped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from memorization.errors import InputError
+from memorization.index.approximate import NAME
+from memorization.index.descriptors import Describe, descriptor
+from memorization.index.store import Index, items_of
+from memorization.io.files import read_json, write_atomically
+from memorization.io.pictures import list_pictures, read_picture, to_tensor
+from memorization.io.prompts import read_prompts
+from memorization.models.devices import pick_device
+from memorization.models.registry import ModelSpec
+from memorization.paths import ROOT
+
+
+def listed(source: Path) -> list[dict]:
+    """``{"path", "caption"}`` of every picture of a folder, or of a list with a column ``image``.
+
+    Raises:
+        InputError: neither, or it names no picture.
+    """
+    if source.is_dir():
+        frame = list_pictures(source)
+    else:
+        frame = read_prompts(source)
+        if "image" not in frame:
+            raise InputError(f"{source}: no column 'image'")
+        frame = frame[frame["image"].fillna("").astype(str) != ""]
+    if frame.empty:
+        raise InputError(f"{source}: names no picture")
+    return [
+        {"path": str(path), "caption": caption} for path, caption in zip(frame["image"], frame["prompt"], strict=True)
+    ]
+
+
+def build_index(
+    source: Path, folder: Path, kind: str, size: tuple[int, int] | None = None, model: str | None = None,
+    *, at_once: int = 64, device: str = "cpu",
+) -> Index:  # fmt: skip
+    """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
+
+    Args:
+        size: (height, width), for ``pixels`` and ``latents``.
+        model: folder or hub id of a CLIP checkpoint, for ``clip``; of a Stable Diffusion checkpoint, for ``latents``.
+
+    Raises:
+        InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
+            cannot be had.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
+    device = pick_device(device)
+    (describe, name), raw = descriptor(kind, size, model), kind == "pixels"
+    width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=device)).shape[1]
+    record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": name} if name else {})
+    if not (folder / "index.json").exists():
+        write_atomically(folder / "index.json", json.dumps(record) + "\n")
+    if read_json(folder / "index.json") != record:
+        raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
+    row = width * (1 if raw else 4)  # bytes
+    with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
+        try:
+            fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is building this index") from None
+        # What a killed build wrote of its last batch goes, and what lost its features is made again.
+        done = items_of(folder)[: (folder / "features.bin").stat().st_size // row]
+        features.truncate(len(done) * row)
+        items.truncate(sum(len(_line(item)) for item in done))
+        new = _new(listed(source), done, source)
+        for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures", disable=not new):
+            batch = [(item, picture) for item in new[start : start + at_once]
+                     if (picture := read_or_skip(ROOT / item["file"], size)) is not None]  # fmt: skip
+            if not batch:
+                continue
+            (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
+            pictures = [picture for _, picture in batch]
+            found = np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, device)
+            features.write(np.ascontiguousarray(found).tobytes())
+            features.flush()
+            items.write(b"".join(_line(item) for item, _ in batch))
+            items.flush()
+    return Index(folder)
+
+
+def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
+    """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
+    wanted = {}
+    for item in items:
+        item = {**item, "file": _in_project(_place(item["path"], source).resolve())}
+        wanted.setdefault(item["file"], item)
+    known = {_in_project(Path(item["file"])) for item in done if "file" in item}
+    return [item for file, item in wanted.items() if file not in known]
+
+
+def _in_project(path: Path) -> str:
+    """A file of the project relative to it, so that the project can be moved; others as they are."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _place(name: str, source: Path) -> Path:
+    """Where a picture of ``source`` is: beside it, here, or in the project."""
+    places = [source.parent / name, Path(name), ROOT / name]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def own_index(spec: ModelSpec) -> Path:
+    """The folder of an index of the training pictures that a model's own list names, made where it is not there.
+
+    Raises:
+        InputError: it has no list with pictures.
+    """
+    source = ROOT / spec.prompts.get("prompts", "")
+    if not source.is_file() or "image" not in read_prompts(source):
+        raise InputError(f"model {spec.name!r} has no list of training pictures: python -m memorization.index build")
+    folder = ROOT / "results" / "local" / f"{spec.name}-index"
+    build_index(source, folder, "pixels", (64, 64))
+    return folder
+
+
+@torch.no_grad()
+def describe_pictures(describe: Describe, pictures: list[np.ndarray], device: torch.device | str = "cpu") -> np.ndarray:
+    """Features, float32 ``(n, width)``, of pictures of any size; those of one size together."""
+    places: dict[tuple, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        places.setdefault(picture.shape, []).append(i)
+    found: list = [None] * len(pictures)
+    for rows in places.values():
+        for chunk in (rows[i : i + 8] for i in range(0, len(rows), 8)):
+            made = describe(to_tensor(np.stack([pictures[i] for i in chunk])).to(device)).cpu().numpy()
+            for i, vector in zip(chunk, made, strict=True):
+                found[i] = vector
+    return np.stack(found)
+
+
+def _line(item: dict) -> bytes:
+    return (json.dumps(item, ensure_ascii=False) + "\n").encode()
+
+
+def read_or_skip(path: Path, size: tuple[int, int] | None) -> np.ndarray | None:
+    """The picture, uint8 ``(h, w, 3)``, at ``size`` if given; None, and a line on standard error where unreadable."""
+    try:
+        return read_picture(path, size)
+    except InputError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,48 @@
+"""What pictures are compared by in an index: the kinds of features and what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from memorization.models.decoding import encode_pixels
+from memorization.models.loading import load_autoencoder
+from memorization.similarity.clip import Clip
+from memorization.similarity.sscd import SSCD
+
+FEATURES = ("pixels", "latents", "sscd", "clip")
+SIZED = ("pixels", "latents")  # compared by l2, at one size; the others by their cosine
+SSCD_PRESET = "amg-224"  # as AMG's authors feed it, since their gates are of it
+
+Describe = Callable[[Tensor], Tensor]
+
+
+def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tuple[Describe, str | None]:
+    """(what makes features, name of the network that makes them).
+
+    Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable.
+
+    Args:
+        size: (height, width) that pictures are brought to, for ``pixels`` and ``latents``.
+        model: checkpoint of the network, for ``clip`` and ``latents``.
+
+    Raises:
+        InputError: the network cannot be had.
+    """
+
+    def resized(pictures: Tensor) -> Tensor:
+        if tuple(pictures.shape[-2:]) == size:
+            return pictures
+        return interpolate(pictures, size, mode="bicubic", antialias=True)
+
+    if kind == "pixels":
+        return lambda pictures: resized(pictures).flatten(1), None
+    if kind == "latents":
+        vae = load_autoencoder(model)
+        return lambda pictures: encode_pixels(vae.to(pictures.device), resized(pictures)).flatten(1), model
+    if kind == "clip":
+        return Clip(model).describe, model
+    sscd = SSCD(SSCD_PRESET)
+    return sscd.describe, sscd.name

@@ -1,0 +1,148 @@
+"""An index on disk: training pictures, their captions and features, and the search in them.
+
+Features lie in one memory-mapped file, so an index may be larger than memory. Search is exact, by matrix products over
+chunks. Features are the pictures themselves at a small size (``pixels``), their latents in a checkpoint's autoencoder
+(``latents``), or SSCD descriptors or CLIP embeddings of the whole pictures (``sscd``, ``clip``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memorization.errors import InputError
+from memorization.index.approximate import NAME, Candidates
+from memorization.index.descriptors import SIZED, Describe, descriptor
+from memorization.io.files import read_json
+from memorization.similarity.nl2 import l2
+
+CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
+
+
+class Index:
+    """Training pictures, their captions and features.
+
+    Attributes:
+        kind: ``pixels`` (uint8, the picture at ``size``), ``latents`` (scaled, flattened), ``sscd`` or ``clip`` (unit
+            vectors).
+        size: (height, width) that pictures were brought to, for ``pixels`` and ``latents``.
+        model: folder or hub id of the checkpoint, for ``clip`` and ``latents``.
+        features: memory-mapped, ``(pictures, width)``.
+        candidates: of the approximate search, where the index was compressed.
+        digest: tells its content from another's.
+        paths, captions, files: of every picture: its name in the list, its text, and where it was read (a file of the
+            project relative to it).
+
+    Args:
+        approximately: use what ``compress`` wrote, if it is there.
+
+    Raises:
+        InputError: the folder holds no whole index.
+    """
+
+    def __init__(self, folder: Path, *, approximately: bool = True) -> None:
+        if not (folder / "index.json").is_file():
+            raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
+        items = items_of(folder)
+        if not items:
+            raise InputError(f"{folder}: the index holds no picture")
+        record = read_json(folder / "index.json")
+        try:
+            self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
+            self.model, width = record.get("model"), record["width"]
+            self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder}: index.json or items.jsonl is damaged ({error}); build the index anew"
+            ) from None
+        self.files = [item.get("file", item["path"]) for item in items]
+        dtype = np.uint8 if self.kind == "pixels" else np.float32
+        features, shape = folder / "features.bin", (len(items), width)
+        if not features.is_file() or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
+            raise InputError(f"{features}: is missing or cut short; the same build command makes it whole")
+        self.features = np.memmap(features, dtype, "r", shape=shape)
+        compressed = folder / NAME
+        found = approximately and compressed.exists()
+        self.candidates = Candidates(compressed, len(items)) if found else None
+        # The features follow from what is listed here and from how they are made.
+        self.digest = hashlib.sha256(json.dumps([record, self.paths, self.captions]).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def describe(self) -> Describe:
+        """Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable.
+
+        Raises:
+            InputError: the network cannot be had, or is another than the index was made with.
+        """
+        describe, name = descriptor(self.kind, self.size, self.model)
+        if name != self.model:
+            raise InputError(f"the index was made with {self.model}, here is {name}; build it anew")
+        return describe
+
+    def vectors(self, rows: Sequence[int] | slice) -> Tensor:
+        """``rows`` as they are compared, float32: pixels in [-1, 1] or latents, flattened; or unit vectors."""
+        found = torch.from_numpy(np.array(self.features[rows])).float()
+        return found / 127.5 - 1 if self.kind == "pixels" else found
+
+    def distance(self, queries: Tensor, vectors: Tensor) -> Tensor:
+        """``(queries, vectors)``: root mean square difference / 2, or 1 - cosine for unit vectors."""
+        return l2(queries, vectors) if self.kind in SIZED else 1 - queries @ vectors.T
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` nearest of every query ``(n, width)``: distances ``(n, k)``, nearest first, and rows ``(n, k)``.
+
+        Exact; where the index was compressed, a neighbour may be missed, but never its distance wrong.
+        """
+        k = min(k, len(self))
+        if self.candidates:
+            return self._search_candidates(queries.float().cpu(), k)
+        best = torch.full((len(queries), k), torch.inf)
+        rows = torch.zeros(len(queries), k, dtype=torch.long)
+        queries = queries.float().cpu()
+        step = max(1, CHUNK // (4 * self.features.shape[1]))
+        for start in range(0, len(self), step):
+            chunk = self.vectors(slice(start, start + step))
+            distance = self.distance(queries, chunk)
+            merged, place = torch.cat([best, distance], 1).topk(k, largest=False)
+            number = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
+            rows = torch.cat([rows, number], 1).gather(1, place)
+            best = merged
+        return best, rows
+
+    def _search_candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = []
+        for query, named in zip(queries, self.candidates(queries, 4 * k), strict=True):
+            rows = np.unique(named[named >= 0])
+            if len(rows) < k:  # the lists visited hold too few
+                rows = np.arange(len(self))
+            distance, place = self.distance(query[None], self.vectors(rows))[0].topk(k, largest=False)
+            found.append((distance, torch.from_numpy(rows)[place]))
+        distances, rows = zip(*found, strict=True)
+        return torch.stack(distances), torch.stack(rows)
+
+    def multiplicity(self, rows: Tensor) -> list[int]:
+        """How often the caption of the first of ``rows (n, k)`` occurs among all of them; 0 where it is empty."""
+        captions = [[self.captions[i] for i in neighbours] for neighbours in rows.tolist()]
+        return [Counter(own)[own[0]] if own[0] else 0 for own in captions]
+
+
+def items_of(folder: Path) -> list[dict]:
+    """The whole lines of ``items.jsonl``, a picture each."""
+    path = folder / "items.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    try:
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); build the index anew, in another folder") from None

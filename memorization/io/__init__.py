@@ -1,0 +1,1 @@
+"""Files: prompt lists, pictures, tables and figures."""

@@ -1,0 +1,172 @@
+"""Prompt lists: read them, and put their prompts into families."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from memorization.errors import InputError
+from memorization.paths import ROOT
+
+OPTIONAL = ("label", "family", "kind", "duplicates", "replication", "image", "split")
+# How published lists name what we call prompt and kind.
+ALIASES = {"caption": "prompt", "type": "kind", "overfit_type": "kind"}
+
+
+def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a ``.txt`` (a prompt a line), ``.csv`` (``,`` or ``;``) or ``.jsonl`` list.
+
+    Args:
+        extra: further columns to keep, which the list must have.
+
+    Returns:
+        A frame with ``prompt`` (str) and those of ``OPTIONAL`` that the list has; ``label`` is 0 or 1. Blank lines of a
+        ``.txt`` are skipped and counted in ``frame.attrs["blank_lines"]``; in the other formats a prompt may be empty.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, malformed, or has no ``prompt`` column.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: prompt lists are .txt, .csv or .jsonl files, not '{path.suffix}'")
+    frame = readers[path.suffix](path, text)
+    blank_lines = frame.attrs.get("blank_lines", 0)
+    frame.columns = [str(column).lower() for column in frame.columns]
+    frame = frame.rename(columns={old: new for old, new in ALIASES.items() if new not in frame})
+    if "prompt" not in frame:
+        raise InputError(f"{path}: no column 'prompt' (or 'caption'); it has: {', '.join(frame.columns)}")
+    if missing := [column for column in extra if column not in frame]:
+        raise InputError(f"{path}: no column {missing[0]!r}; it has: {', '.join(frame.columns)}")
+    frame = frame[["prompt", *(c for c in OPTIONAL if c in frame), *extra]].reset_index(drop=True)
+    if frame.empty:
+        raise InputError(f"{path}: holds no prompt")
+    if not (is_text := frame["prompt"].map(_is_text)).all():
+        row = is_text.idxmin()
+        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {frame['prompt'][row]!r}")
+    if "label" in frame:
+        frame["label"] = _labels(path, frame["label"])
+    if "split" in frame and not frame["split"].isin(["validation", "test"]).all():
+        raise InputError(f"{path}: the column 'split' holds something other than validation and test")
+    for column in {"duplicates", "replication"} & set(frame):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    frame.attrs["blank_lines"] = blank_lines
+    return frame
+
+
+def read_pair(memorized: str | Path, non_memorized: str | Path) -> pd.DataFrame:
+    """A labelled list from two: every prompt of the first gets label 1, of the second 0; keeps the columns of both."""
+    parts = [read_prompts(memorized).assign(label=1), read_prompts(non_memorized).assign(label=0)]
+    shared = [column for column in parts[0] if column in parts[1]]
+    parts = [part[shared] for part in parts]
+    frame = pd.concat(parts, ignore_index=True)
+    frame.attrs["blank_lines"] = sum(part.attrs["blank_lines"] for part in parts)
+    return frame
+
+
+def near_copy_families(prompts: list[str], threshold: float = 0.5) -> list[str]:
+    """Families for lists that name none: prompts that share at least half of their distinct words, and their chains.
+
+    Two prompts are linked if the Jaccard similarity of their word sets is at least ``threshold``; families are the
+    connected components.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    texts = [prompt if prompt.strip() else "(blank)" for prompt in prompts]
+    words = CountVectorizer(binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(texts)
+    shared = (words @ words.T).tocoo()  # sparse: pairs without a common word do not appear
+    size = np.asarray(words.sum(axis=1)).ravel()
+    linked = shared.data >= threshold * (size[shared.row] + size[shared.col] - shared.data)
+    graph = coo_array((linked[linked], (shared.row[linked], shared.col[linked])), shape=shared.shape)
+    _, family = connected_components(graph, directed=False)
+    return [f"f{index}" for index in family]
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty")
+    return text
+
+
+def _read_txt(path: Path, text: str) -> pd.DataFrame:
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]  # not splitlines: prompts may hold U+2028
+    frame = pd.DataFrame({"prompt": [line for line in lines if line]})
+    frame.attrs["blank_lines"] = len(lines) - len(frame)
+    return frame
+
+
+def _read_csv(path: Path, text: str) -> pd.DataFrame:
+    header = text.split("\n", 1)[0]
+    separator = ";" if header.count(";") > header.count(",") else ","
+    try:
+        names, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    except csv.Error as error:
+        raise InputError(f"{path}: malformed CSV: {error}") from None
+    rows = [row for row in rows if row]
+    if ragged := [number for number, row in enumerate(rows, 1) if len(row) != len(names)]:
+        count = len(rows[ragged[0] - 1])
+        raise InputError(
+            f"{path}: malformed CSV: row {ragged[0]} has {count} cells, the header {len(names)}; quote commas"
+        )
+    return pd.DataFrame(rows, columns=names)
+
+
+def _read_jsonl(path: Path, text: str) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _is_text(prompt: object) -> bool:
+    return isinstance(prompt, str) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+def _labels(path: Path, labels: pd.Series) -> pd.Series:
+    numbers = pd.to_numeric(labels, errors="coerce")
+    wrong = ~numbers.isin([0, 1])
+    if wrong.any():
+        raise InputError(f"{path}: label {labels[wrong].iloc[0]!r} in row {wrong.idxmax() + 1} is not 0 or 1")
+    return numbers.astype(int)
+
+
+def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
+    """The training picture of each row, by its column ``image``: beside the list or in the project.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    names = frame["image"].fillna("").astype(str) if "image" in frame else [""] * len(frame)
+    found = []
+    for name in names:
+        places = [folder / name for folder in (listed.parent, ROOT)] if name else []
+        path = next((place for place in places if place.is_file()), None)
+        if name and path is None:
+            raise InputError(f"{listed}: training picture {name} is not there")
+        found.append(path)
+    return found

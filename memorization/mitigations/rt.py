@@ -1,0 +1,18 @@
+"""``rt``: random words are inserted at random places (Somepalli et al., see perturbation.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from memorization.mitigations.perturbation import TextPerturbation, whole_words
+
+
+@dataclass(frozen=True)
+class RandomTokens(TextPerturbation):
+    """``rt``. ``strength``: how many words."""
+
+    name: ClassVar[str] = "rt"
+
+    def word(self, words, case, rng) -> str:
+        return str(rng.choice(whole_words(case.pipe.tokenizer)))

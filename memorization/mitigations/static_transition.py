@@ -1,0 +1,36 @@
+"""No guidance until the trajectory has left the attraction basin of a training image.
+
+Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, "Classifier-Free Guidance inside the Attraction Basin May
+Cause Memorization", CVPR 2025: guidance is switched on at a transition point, fixed (here; t = 500 or 650)
+or found (dynamic_transition.py).
+
+Deviation: theirs follows the conditional prediction before the transition point in some experiments and the
+unconditional one in others; here it is the unconditional one (scale 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from local_sd_pipeline import NoisePrediction
+from memorization.mitigations.case import Case, Remedy
+
+
+@dataclass(frozen=True)
+class StaticTransition:
+    """``static_transition``. ``strength``: the timestep below which guidance acts."""
+
+    strength: float = 650
+
+    name: ClassVar[str] = "static_transition"
+    strengths: ClassVar[tuple[float, ...]] = (900, 800, 650, 500, 350)
+
+    def __call__(self, case: Case) -> Remedy:
+        def guide(index: int, point: NoisePrediction) -> Tensor:
+            scale = case.guidance_scale if point.timestep < self.strength else 0.0
+            return point.uncond + scale * point.guidance
+
+        return Remedy.unchanged(case, guide=lambda rows: guide)

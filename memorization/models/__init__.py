@@ -1,0 +1,1 @@
+"""The model as a method sees it: loading, generation, decoding."""

@@ -1,0 +1,1 @@
+"""Runs: folders that a killed process goes on with."""

@@ -1,0 +1,76 @@
+"""What each detector costs alone: UNet evaluations, counted, and seconds, a prompt and noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.detectors.base import Detector
+from memorization.runs.detect import Scorer
+
+
+class RowCounter:
+    """How many rows a UNet was given; ``rows`` may be set back to 0."""
+
+    rows = 0
+
+
+@contextmanager
+def counted_rows(unet: torch.nn.Module) -> Iterator[RowCounter]:
+    """Count the rows of every forward pass of ``unet`` while it lasts."""
+    counter = RowCounter()
+
+    def count(module, args, kwargs) -> None:
+        counter.rows += len(args[0] if args else kwargs["sample"])
+
+    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counter
+    finally:
+        hook.remove()
+
+
+def measure_costs(
+    pipe: LocalStableDiffusionPipeline,
+    detectors: Sequence[Detector],
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    batch_size: int,
+) -> dict[str, dict]:
+    """``{detector: {"needs", "evaluations", "seconds"}}`` a prompt with one noise.
+
+    Each detector is run alone; ``all``: all of them together.
+
+    The unconditional predictions on pure noise, made once a run, are left out.
+    """
+    groups = {detector.name: [detector] for detector in detectors}
+    if len(groups) > 1:
+        groups["all"] = list(detectors)
+    costs = {}
+    with counted_rows(pipe.unet) as counter:
+        for name, group in tqdm(groups.items(), desc="costs", unit="detector"):
+            scorer = Scorer(pipe, group, num_images=1, seed=51, steps=steps, batch_size=batch_size)
+            scorer(prompts[:1])  # warm up
+            counter.rows = 0
+            started = _now(pipe)
+            for start in range(0, len(prompts), scorer.prompts_at_once):
+                scorer(prompts[start : start + scorer.prompts_at_once])
+            seconds = _now(pipe) - started
+            costs[name] = {
+                "needs": group[0].needs if len(group) == 1 else "-",
+                "evaluations": round(counter.rows / len(prompts), 2),
+                "seconds": float(f"{seconds / len(prompts):.4g}"),
+            }
+    return costs
+
+
+def _now(pipe: LocalStableDiffusionPipeline) -> float:
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize(pipe.device)
+    return time.perf_counter()
