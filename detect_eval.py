@@ -28,8 +28,8 @@ from memorization.evaluation.metrics import (
     Metrics,
     family_weights,
     fit_weights,
-    image_mean,
     measure,
+    noise_mean,
     paired_difference,
     threshold_at,
 )
@@ -96,7 +96,7 @@ class Run:
 
     def scores(self, rows: pd.DataFrame, name: str, images: int) -> np.ndarray:
         """Scores of ``rows`` by the mean over the first ``images`` noises."""
-        return np.array([image_mean(values, images) for values in rows[name]])
+        return np.array([noise_mean(values, images) for values in rows[name]])
 
 
 def evaluate(run: Run, resamples: int, sum_weights: tuple[float, float] | None = None) -> dict:

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name (memorization/configs), a folder, or a hub id")
+    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name in memorization/configs, folder or hub id")
     add("--prompts", metavar="FILE", help=".txt, .csv or .jsonl (column prompt or caption; optional label, family)")
     add("--memorized", metavar="FILE", help="a list whose prompts all count as memorized; needs --non-memorized")
     add("--non-memorized", metavar="FILE", help="a list whose prompts all count as not memorized")
@@ -143,14 +143,14 @@ def assigned(args: argparse.Namespace, settings: dict[str, dict]) -> dict[str, d
 
 def print_summary(store, first: str | None, thresholds: dict[str, float]) -> None:
     """Where the scores are, and the prompts or pictures that score highest by ``first``."""
-    from memorization.evaluation.metrics import image_mean
+    from memorization.evaluation.metrics import noise_mean
     from memorization.io.files import read_lines
 
     rows, _ = read_lines(store.scores)
     if first is None:
         print(f"scores: {store.scores}")
         return
-    score = {row["id"]: image_mean(row[first]) for row in rows}
+    score = {row["id"]: noise_mean(row[first]) for row in rows}
     threshold = thresholds.get(first)
     top = sorted(rows, key=lambda row: -score[row["id"]])
     if threshold is not None:
@@ -187,18 +187,18 @@ def explain(args: argparse.Namespace, pipe, store, first: str, thresholds: dict[
     from tqdm import tqdm
 
     from memorization.detectors.explain import as_text, draw_significance, token_significance
-    from memorization.evaluation.metrics import image_mean
+    from memorization.evaluation.metrics import noise_mean
     from memorization.io.files import read_lines
 
-    rows = sorted(read_lines(store.scores)[0], key=lambda row: -image_mean(row[first]))
-    chosen = [row for row in rows if image_mean(row[first]) >= thresholds[first]] if first in thresholds else rows[:10]
+    rows = sorted(read_lines(store.scores)[0], key=lambda row: -noise_mean(row[first]))
+    chosen = [row for row in rows if noise_mean(row[first]) >= thresholds[first]] if first in thresholds else rows[:10]
     latents, t = pipe.pure_noise(args.num_images, args.seed), pipe.detection_timesteps(args.steps)[0]
     with torch.no_grad():
         uncond = pipe.predict_uncond(latents, [t]).eps[t]
     explained = [token_significance(pipe, row["prompt"], latents, t, uncond) for row in tqdm(chosen, desc="explain")]
     print("tokens that trigger them, with their share of the prompt's significance:")
     for row, significance in zip(chosen, explained, strict=True):
-        print(f"   {image_mean(row[first]):9.4g}  {as_text(significance)}")
+        print(f"   {noise_mean(row[first]):9.4g}  {as_text(significance)}")
     if explained:
         print(f"picture: {draw_significance(explained[:20], store.folder / 'tokens.png')}")
 
@@ -260,7 +260,7 @@ def main() -> None:
     frame, hashes = read_images(args, detectors) if args.images else read_prompt_lists(args, spec)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
-    pipe = load_pipeline(spec, dtype, device, images=bool(args.images))
+    pipe = load_pipeline(spec, dtype, device, pictures=bool(args.images))
     if not args.images:
         report(frame, pipe)
 
@@ -290,7 +290,7 @@ def main() -> None:
             scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands, **common)
             run_detection(scorer, frame, store, batch_size=batch_size)
         else:
-            scorer = partial(Scorer, pipe, detectors, num_images=args.num_images, **common)
+            scorer = partial(Scorer, pipe, detectors, noises=args.num_images, **common)
             run_detection(scorer, frame, store, batch_size=batch_size)
     print_summary(store, first, thresholds)
     if args.explain:

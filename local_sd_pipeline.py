@@ -22,7 +22,7 @@ class NoisePrediction(NamedTuple):
         timestep: the timestep t.
         latents: what went in, ``(images, c, h, w)``.
         uncond: eps of the empty prompt, ``(images, c, h, w)``.
-        cond: eps of each prompt, ``(prompts, images, c, h, w)``.
+        cond: eps of each prompt, ``(prompts, noises, c, h, w)``.
         alpha: sqrt(abar_t).
         sigma: sqrt(1 - abar_t).
         prediction_type: what the checkpoint itself predicts: ``epsilon``, ``v_prediction`` or ``sample``.
@@ -38,7 +38,7 @@ class NoisePrediction(NamedTuple):
 
     @property
     def guidance(self) -> Tensor:
-        """The guidance vector d = eps_c - eps_u, ``(prompts, images, c, h, w)``."""
+        """The guidance vector d = eps_c - eps_u, ``(prompts, noises, c, h, w)``."""
         return self.cond - self.uncond
 
 
@@ -115,7 +115,7 @@ class LocalStableDiffusionPipeline(StableDiffusionPipeline):
         return self.to_eps(output.float(), latents.float(), timestep)
 
     def predict_pairs(self, latents: Tensor, timestep: int, prompt_embeds: Tensor, batch_size: int) -> Tensor:
-        """eps of every prompt on every latent, ``(prompts, images, c, h, w)``, ``batch_size`` rows to a UNet call."""
+        """eps of every prompt on every latent, ``(prompts, noises, c, h, w)``, ``batch_size`` rows to a UNet call."""
         images = len(latents)
         pairs = torch.arange(len(prompt_embeds) * images, device=latents.device)
         rows = [

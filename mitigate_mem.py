@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, epilog=strengths_of(MITIGATIONS))
     add = parser.add_argument
     # fmt: off
-    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name (memorization/configs), a folder, or a hub id")
+    add("--model", required=True, metavar="NAME|FOLDER|HUB_ID", help="a name in memorization/configs, folder or hub id")
     add("--prompts", type=Path, metavar="FILE", help=".txt, .csv or .jsonl (default: the model's own list)")
     add("--method", default="anisotropy", metavar="NAME", help="see below (default: %(default)s)")
     add("--strength", type=float, metavar="S", help="see below (default: the method's own)")
@@ -234,7 +234,7 @@ def main() -> None:
     dtype = pick_dtype(args.dtype or spec.dtype, device)
     if dtype == "float16" and hasattr(mitigation, "lowers"):
         raise InputError(f"{args.method}: gradients are lost in float16; give --dtype float32 or bfloat16")
-    pipe = load_pipeline(spec, dtype, device, images=True)
+    pipe = load_pipeline(spec, dtype, device, pictures=True)
     if device.type == "cuda":
         pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
     anisotropy = {**spec.anisotropy, **calibration.anisotropy}
@@ -269,7 +269,7 @@ def main() -> None:
     }  # fmt: skip
     out = args.out or ROOT / "results" / "local" / f"{spec.name}-{args.method}"
     with ResultStore(out, settings, {"device": str(device)}, args.overwrite, name="mitigations.jsonl") as store:
-        run_mitigation(case_of, mitigation, frame, judge, store, batch_size=default_size, images=images)
+        run_mitigation(case_of, mitigation, frame, judge, store, batch_size=default_size, noises=images)
     rows, _ = read_lines(out / "mitigations.jsonl")
     sheet = contact_sheet(out, rows, frame["picture"].tolist(), images, out / "contact_sheet.png")
     report(rows, out, spec.copy_limits, sheet)

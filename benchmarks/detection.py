@@ -83,7 +83,7 @@ def this_tool(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size
     started = now(pipe)
     detectors = make_detectors(["anisotropy", "noise_norm"], {})
     with tempfile.TemporaryDirectory() as folder, ResultStore(Path(folder) / "run", {}, {}) as store:
-        make_scorer = partial(Scorer, pipe, detectors, num_images=1, seed=51, steps=50)
+        make_scorer = partial(Scorer, pipe, detectors, noises=1, seed=51, steps=50)
         run_detection(make_scorer, pd.DataFrame({"prompt": prompts}), store, batch_size=batch_size)
         assert store.done == len(prompts)
     return now(pipe) - started

@@ -49,7 +49,7 @@ def main() -> None:
     spec, device = find_model(args.model), pick_device()
     if not (spec.calibration and "prompts" in spec.prompts):
         raise InputError(f"{spec.name}: needs a calibration and a list with training pictures in its config")
-    pipe = load_pipeline(spec, pick_dtype(spec.dtype, device), device, images=True)
+    pipe = load_pipeline(spec, pick_dtype(spec.dtype, device), device, pictures=True)
     calibration = read_calibration(ROOT / spec.calibration)
     frame = read_prompts(ROOT / spec.prompts["prompts"])
     frame["picture"] = picture_files(frame, ROOT / spec.prompts["prompts"])

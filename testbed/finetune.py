@@ -205,7 +205,7 @@ def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> tupl
         pictures: of every caption that has a fixed one.
     """
     spec = find_model("testbed-eps")
-    pipe = load(folder, images=True)
+    pipe = load(folder, pictures=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     judge = Judge([ROOT / image for image in pictures], (64, 64), Clip(spec.clip))
     found, first = [], []

@@ -78,7 +78,7 @@ def verify(model: str, work: Path) -> tuple[list[dict], Path]:
     The folder carries the name of the weights, so measurements of earlier weights are never taken for these.
     """
     captions = data.make_captions(usable_table(), SEED)
-    pipe = load_pipeline(find_model(f"testbed-{model}"), "float32", torch.device("cpu"), images=True)
+    pipe = load_pipeline(find_model(f"testbed-{model}"), "float32", torch.device("cpu"), pictures=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     folder = work / f"verify-{model}-{revision_of(pipe)[7:15]}"
     folder.mkdir(parents=True, exist_ok=True)

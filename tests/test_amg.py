@@ -205,7 +205,7 @@ def test_duplication_counts_where_the_preset_asks_for_it(nearest):
 
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
 def case(request):
-    pipe = load_tiny(request.param, images=True)
+    pipe = load_tiny(request.param, pictures=True)
     prompts = ["a red kite", "two boats"]
     with torch.no_grad():
         return Case(pipe, prompts, pipe.embed(prompts).float(), pipe.pure_noise(2, 0), {}, {}, steps=4)
@@ -253,7 +253,7 @@ def test_features_of_clip_have_a_gradient(index_folder, tmp_path):
 
 
 def test_an_index_of_latents_needs_no_decoder(index_folder, tmp_path):
-    pipe = load_tiny("tiny-eps", images=True)
+    pipe = load_tiny("tiny-eps", pictures=True)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     made = build_index(index_folder.parent, tmp_path / "latents", "latents", (side, side), str(GOLDEN / "tiny-eps"))
     assert made.features.shape == (60, pipe.unet.config.in_channels * pipe.unet.config.sample_size**2)

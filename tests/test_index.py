@@ -131,7 +131,7 @@ def test_commands(run_script, folder, tmp_path, capsys):
 
 def test_latents_are_those_of_the_autoencoder(folder, tmp_path):
     made = build_index(folder, tmp_path / "index", "latents", (16, 16), str(GOLDEN / "tiny-eps"))
-    pipe = load_tiny("tiny-eps", images=True)
+    pipe = load_tiny("tiny-eps", pictures=True)
     with torch.no_grad():
         pictures = to_tensor(np.stack([read_picture(Path(path), (16, 16)) for path in made.paths]))
         expected = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor

@@ -35,7 +35,7 @@ PROMPTS = ["a red kite over two boats", "portrait of an old clockmaker", ""]
 
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
 def pipe(request):
-    return load_tiny(request.param, images=True)
+    return load_tiny(request.param, pictures=True)
 
 
 def case_of(pipe, prompts=PROMPTS, **changed):

@@ -115,7 +115,7 @@ def test_works_as_custom_pipeline_and_generates():
     )
     assert pipe.trace(pipe.embed(["a"]), pipe.pure_noise(1, 0), [41])[41].cond.shape == (1, 1, 4, 16, 16)
     plain = StableDiffusionPipeline.from_pretrained(GOLDEN / "tiny-eps", **options)
-    ours = load_tiny("tiny-eps", images=True)
+    ours = load_tiny("tiny-eps", pictures=True)
     made = [
         p("red kite", num_inference_steps=2, latents=ours.pure_noise(1, 3), output_type="np").images
         for p in (plain, ours)

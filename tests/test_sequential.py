@@ -30,7 +30,7 @@ def test_scores_are_those_of_a_fixed_number_of_noises():
     pipe = load_tiny("tiny-eps")
     detectors = make_detectors(["noise_norm"], {})
     common = dict(seed=51, steps=50, batch_size=8)
-    full = Scorer(pipe, detectors, num_images=8, **common)(PROMPTS)
+    full = Scorer(pipe, detectors, noises=8, **common)(PROMPTS)
     means = [np.mean(row["noise_norm"]) for row in full]
     middle = float(np.median(means))
     bands = {n: (middle - 1e-3, middle + 1e-3) for n in ROUNDS[:-1]}

@@ -75,7 +75,7 @@ def test_committed_scores_come_from_these_weights_and_this_code(model):
     detectors = []
     for name, values in settings["detectors"].items():
         detectors.append(DETECTORS[name](**{key: value for key, value in values.items() if key != "terms"}))
-    scorer = Scorer(pipe, detectors, num_images=1, seed=settings["seed"], steps=settings["steps"], batch_size=4)
+    scorer = Scorer(pipe, detectors, noises=1, seed=settings["seed"], steps=settings["steps"], batch_size=4)
     chosen = rows[::181]
     for row, scores in zip(chosen, scorer([row["prompt"] for row in chosen]), strict=True):
         for name, value in scores.items():

@@ -93,7 +93,7 @@ def test_all_detectors_cost_little_more_than_the_dearest():
 def test_gradient_detectors_refuse_half_precision():
     pipe = load_tiny("tiny-eps", "bfloat16")
     with pytest.raises(InputError, match="sharpness: small differences drown"):
-        Scorer(pipe, make_detectors(["sharpness"], {}), num_images=1, seed=0, steps=50, batch_size=4)
+        Scorer(pipe, make_detectors(["sharpness"], {}), noises=1, seed=0, steps=50, batch_size=4)
 
 
 def test_settings_by_name():
@@ -159,7 +159,7 @@ def test_p_laplace_sweep_holds_the_detector(monkeypatch, labelled, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "sweep" / "scores.jsonl").read_text().splitlines()]
     assert sorted(row["label"] for row in rows) == [0, 0, 0, 1, 1, 1]
     pipe = load_tiny("tiny-eps")
-    scorer = Scorer(pipe, make_detectors(["p_laplace"], {}), num_images=1, seed=51, steps=50, batch_size=32)
+    scorer = Scorer(pipe, make_detectors(["p_laplace"], {}), noises=1, seed=51, steps=50, batch_size=32)
     (values,) = scorer([rows[0]["prompt"]])
     assert rows[0]["prompt/p1/t10/N64"] == pytest.approx(values["p_laplace_prompt"], rel=1e-3)
     assert rows[0]["none/p1/t10/N64"] == pytest.approx(values["p_laplace"], rel=1e-3)

@@ -24,7 +24,7 @@ PROMPTS = ["a cat", "two dogs on a hill", ""]
 
 @pytest.fixture(params=["tiny-eps", "tiny-v"])
 def pipe(request):
-    return load_tiny(request.param, images=True)
+    return load_tiny(request.param, pictures=True)
 
 
 def rows_of(pipe):
@@ -146,12 +146,12 @@ def test_transition_is_the_first_local_minimum():
 
 
 def test_all_detectors_together_whatever_the_batch_size():
-    pipe = load_tiny("tiny-eps", images=True)
+    pipe = load_tiny("tiny-eps", pictures=True)
     pipe.unet.to(memory_format=torch.contiguous_format)
     detectors = make_detectors(["all"], {"sharpness": {"method": "exact"}, "p_laplace": {"points": 6}})
 
     def score(batch_size):
-        scorer = Scorer(pipe, detectors, num_images=2, seed=51, steps=12, batch_size=batch_size)
+        scorer = Scorer(pipe, detectors, noises=2, seed=51, steps=12, batch_size=batch_size)
         return scorer(PROMPTS)
 
     large, small = score(8), score(3)

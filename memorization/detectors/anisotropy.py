@@ -33,7 +33,7 @@ COSINE_MODES = ("x,c|x", "x,x|c", "x|c,c|x")
 
 @dataclass(frozen=True)
 class Anisotropy:
-    """``anisotropy`` with its terms ``norm`` and ``cosine``: each ``(prompts, images)``, higher means memorized.
+    """``anisotropy`` with its terms ``norm`` and ``cosine``: each ``(prompts, noises)``, higher means memorized.
 
     Args:
         norm_weight: g_norm.

@@ -40,7 +40,7 @@ class PromptDetector(Detector, Protocol):
     steps: tuple[int, ...]  # places in the DDIM grid whose trace it reads: 0 the noisiest, -1 the last
 
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
-        """Values ``(prompts, images)`` under each name of ``terms``, from the predictions at ``steps``."""
+        """Values ``(prompts, noises)`` under each name of ``terms``, from the predictions at ``steps``."""
 
 
 class GradientDetector(Detector, Protocol):
@@ -49,7 +49,7 @@ class GradientDetector(Detector, Protocol):
     steps: tuple[int, ...]
 
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
-        """Values ``(prompts, images)``; rows of ``predict`` are prompts, its points are images."""
+        """Values ``(prompts, noises)``; rows of ``predict`` are prompts, its points are noises."""
 
 
 class GenerationDetector(Detector, Protocol):

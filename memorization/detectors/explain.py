@@ -28,7 +28,7 @@ class Significance(NamedTuple):
 def token_significance(
     pipe: LocalStableDiffusionPipeline, prompt: str, latents: Tensor, timestep: int, uncond: Tensor
 ) -> Significance:
-    """Gradient norms of the mean over ``latents (images, c, h, w)`` of || eps_c - eps_u ||.
+    """Gradient norms of the mean over ``latents (noises, c, h, w)`` of || eps_c - eps_u ||.
 
     Args:
         timestep: of the first step.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flipd:
-    """``flipd`` (minus FLIPD, in latent dimensions): values ``(prompts, images)``, higher means memorized.
+    """``flipd`` (minus FLIPD, in latent dimensions): values ``(prompts, noises)``, higher means memorized.
 
     Args:
         probes: directions of the trace estimate.
@@ -47,7 +47,7 @@ class Flipd:
         (first,) = trace
         generator = torch.Generator().manual_seed(self.seed)
         latents = first.latents.expand_as(first.cond)
-        shape = first.latents.shape[1:]  # one direction for all images
+        shape = first.latents.shape[1:]  # one direction for all noises
         trace_of = 0
         for _ in range(self.probes):
             sign = (torch.randint(2, shape, generator=generator) * 2.0 - 1).to(latents.device)

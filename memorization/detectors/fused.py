@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fused:
-    """``fused``: values ``(prompts, images)``, at least 0, higher means memorized."""
+    """``fused``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     turn_weight: float = 373.0
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseNorm:
-    """``noise_norm``: values ``(prompts, images)``, at least 0, higher means memorized."""
+    """``noise_norm``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "noise_norm"
     needs: ClassVar[str] = "prompt"

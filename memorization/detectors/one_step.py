@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OneStepDenoising:
-    """``one_step``: values ``(prompts, images)``, at least 0, higher means memorized."""
+    """``one_step``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "one_step"
     needs: ClassVar[str] = "prompt"

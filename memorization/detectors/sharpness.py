@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """``sharpness``: values ``(prompts, images)``, at least 0, higher means memorized.
+    """``sharpness``: values ``(prompts, noises)``, at least 0, higher means memorized.
 
     Args:
         method: ``exact`` or ``difference``.

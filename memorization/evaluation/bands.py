@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memorization.evaluation.metrics import image_mean
+from memorization.evaluation.metrics import noise_mean
 
 ROUNDS = (1, 2, 4, 8)
 Bands = dict[int, tuple[float, float]]  # noises -> (low, high): undecided between them, ends included
@@ -41,6 +41,6 @@ def noises_needed(scores: Sequence[float], bands: Bands) -> int:
     """How many of a prompt's noises are scored before it is decided."""
     for n in ROUNDS[:-1]:
         low, high = bands[n]
-        if not low <= image_mean(scores, n) <= high:
+        if not low <= noise_mean(scores, n) <= high:
             return n
     return ROUNDS[-1]

@@ -138,6 +138,6 @@ def threshold_at(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple
     return threshold, float((negatives >= threshold).mean())
 
 
-def image_mean(values: list[float], images: int | None = None) -> float:
-    """A prompt's score: the mean over its first ``images`` noises (default: all)."""
-    return float(np.mean(values[:images]))
+def noise_mean(values: list[float], noises: int | None = None) -> float:
+    """A prompt's score: the mean over its first ``noises`` noises (default: all)."""
+    return float(np.mean(values[:noises]))

@@ -22,7 +22,7 @@ class Case:
     Args:
         prompts: their number is k.
         embeds: ``(k, tokens, width)``, float32.
-        noise: x_T, ``(images, c, h, w)``, the same for every prompt.
+        noise: x_T, ``(noises, c, h, w)``, the same for every prompt.
         detectors: by name; those that need a prompt alone.
         levels: detector -> share of prompts that are not memorized -> the score below which that share lies.
         steps: of a generation.
@@ -92,8 +92,8 @@ class Remedy:
     Attributes:
         prompts: the text, where it was changed.
         embeds: ``(k, tokens, width)``.
-        latents: start noise, ``(k, images, c, h, w)``.
-        guide: rows ``(r,)`` of k x images, flattened -> a fresh ``Guide`` for their generation.
+        latents: start noise, ``(k, noises, c, h, w)``.
+        guide: rows ``(r,)`` of k x noises, flattened -> a fresh ``Guide`` for their generation.
         around: the same -> a context that holds during their generation.
         iterations: how many steps or rounds each prompt took.
     """

@@ -44,8 +44,8 @@ class Sail:
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:
-        images = len(case.noise)
-        embeds = case.embeds.repeat_interleave(images, 0)
+        noises = len(case.noise)
+        embeds = case.embeds.repeat_interleave(noises, 0)
         empty = case.pipe.embed([""]).float()
         t = case.grid[0]
         start = case.noise.repeat(len(case.prompts), 1, 1, 1)
@@ -68,6 +68,6 @@ class Sail:
                 lambda x, local, rows=rows: loss(x, rows[local]), start[rows], lr=self.lr, iterations=self.iterations,
                 target=bound,
             ))  # fmt: skip
-        latents = torch.cat([part.best for part in parts]).unflatten(0, (-1, images))
-        steps = torch.cat([part.steps for part in parts]).unflatten(0, (-1, images))
+        latents = torch.cat([part.best for part in parts]).unflatten(0, (-1, noises))
+        steps = torch.cat([part.steps for part in parts]).unflatten(0, (-1, noises))
         return Remedy.unchanged(case, latents=latents, iterations=steps.amax(1).tolist())

@@ -22,7 +22,7 @@ def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
-    """Scaled latents ``(images, c, h, w)``, float32, of pictures brought to the model's size; the posterior's mean.
+    """Scaled latents ``(pictures, c, h, w)``, float32, of pictures brought to the model's size; the posterior's mean.
 
     Raises:
         InputError: a file is no picture.

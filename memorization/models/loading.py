@@ -15,17 +15,17 @@ from memorization.models.registry import ModelSpec, find_model, model_names
 
 
 def load_pipeline(
-    spec: ModelSpec, dtype: str, device: torch.device, *, images: bool = False
+    spec: ModelSpec, dtype: str, device: torch.device, *, pictures: bool = False
 ) -> LocalStableDiffusionPipeline:
     """Load a checkpoint, from safetensors only.
 
     Args:
-        images: load the autoencoder too; detection does without it.
+        pictures: load the autoencoder too; detection does without it.
 
     Raises:
         InputError: nothing by that name, the hub cannot be reached, or the checkpoint lacks what is needed.
     """
-    unused = dict.fromkeys(["safety_checker", "feature_extractor", "image_encoder", *([] if images else ["vae"])])
+    unused = dict.fromkeys(["safety_checker", "feature_extractor", "image_encoder", *([] if pictures else ["vae"])])
     unused["requires_safety_checker"] = False
     reasons = []
     for identifier in spec.ids:

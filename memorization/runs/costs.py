@@ -55,7 +55,7 @@ def measure_costs(
     costs = {}
     with counted_rows(pipe.unet) as counter:
         for name, group in tqdm(groups.items(), desc="costs", unit="detector"):
-            scorer = Scorer(pipe, group, num_images=1, seed=51, steps=steps, batch_size=batch_size)
+            scorer = Scorer(pipe, group, noises=1, seed=51, steps=steps, batch_size=batch_size)
             scorer(prompts[:1])  # warm up
             counter.rows = 0
             started = _now(pipe)

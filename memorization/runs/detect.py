@@ -1,4 +1,4 @@
-"""Score a list of prompts: one trace and one generation for all detectors, batched over prompts x images."""
+"""Score a list of prompts: one trace and one generation for all detectors, batched over prompts x noises."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Scorer:
     """Everything that does not depend on the prompts: noise, timesteps and the unconditional predictions.
 
     Args:
-        num_images: noises per prompt, the same for every prompt.
-        first_image: the first of them, in the sequence of the seed's noises.
+        noises: how many a prompt, the same for every prompt.
+        first_noise: the first of them, in the sequence of the seed's noises.
         steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
         guidance_scale: of the generation.
-        batch_size: rows (prompt-image pairs) to a UNet call.
+        batch_size: rows (prompt-noise pairs) to a UNet call.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Scorer:
         pipe: LocalStableDiffusionPipeline,
         detectors: Sequence[Detector],
         *,
-        num_images: int,
+        noises: int,
         seed: int,
         steps: int,
         batch_size: int,
         guidance_scale: float = 7.5,
-        first_image: int = 0,
+        first_noise: int = 0,
     ) -> None:
         self.pipe, self.batch_size, self.steps, self.guidance_scale = pipe, batch_size, steps, guidance_scale
         self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
@@ -64,7 +64,7 @@ class Scorer:
             if max(detector.steps) >= steps:
                 raise InputError(f"{detector.name} reads step {max(detector.steps)} of the grid: give more --steps")
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
-        self.latents = pipe.pure_noise(first_image + num_images, seed)[first_image:]
+        self.latents = pipe.pure_noise(first_noise + noises, seed)[first_noise:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
             self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
 
@@ -75,7 +75,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[dict[str, list]]:
-        """Per-image values (or curves) of every detector and its terms, a dict a prompt.
+        """Values a noise (or curves) of every detector and its terms, a dict a prompt.
 
         Raises:
             InputError: the model gave a value that is not finite; names the prompt.
@@ -87,7 +87,7 @@ class Scorer:
         return as_rows(values, prompts)
 
     def _from_trace(self, embeds: Tensor) -> dict[str, Tensor]:
-        """Values ``(prompts, images)`` of the detectors that read the trace."""
+        """Values ``(prompts, noises)`` of the detectors that read the trace."""
         trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
         values = {}
         for detector in self.of["prompt"]:
@@ -98,23 +98,23 @@ class Scorer:
         return values
 
     def _from_generation(self, prompts: Sequence[str], embeds: Tensor) -> dict[str, Tensor]:
-        """Values ``(prompts, images, ...)`` of the detectors that read a generation or its end.
+        """Values ``(prompts, noises, ...)`` of the detectors that read a generation or its end.
 
-        A row fills two places of a UNet call, so the prompt-image pairs go in halves of the batch size.
+        A row fills two places of a UNet call, so the prompt-noise pairs go in halves of the batch size.
         """
-        images = len(self.latents)
+        noises = len(self.latents)
         readers = [detector for detector in self.of["generation"] if hasattr(detector, "attention_steps")]
         recorded = {i for detector in readers for i in detector.attention_steps(self.steps)}
         ends = end_of_text(self.pipe, prompts)
         parts: dict[str, list[Tensor]] = {}
-        for pairs in torch.arange(len(prompts) * images, device=embeds.device).split(max(1, self.batch_size // 2)):
-            row_embeds, latents = embeds[pairs // images], self.latents[pairs % images]
+        for pairs in torch.arange(len(prompts) * noises, device=embeds.device).split(max(1, self.batch_size // 2)):
+            row_embeds, latents = embeds[pairs // noises], self.latents[pairs % noises]
             predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
             kept = [[] for _ in self.of["generation"]]
             for step in generate(
                 self.pipe, row_embeds, self.uncond.embedding, latents,
                 steps=self.steps, guidance_scale=self.guidance_scale,
-                ends=ends[pairs // images], attention_steps=recorded,
+                ends=ends[pairs // noises], attention_steps=recorded,
             ):  # fmt: skip
                 for detector, of_steps in zip(self.of["generation"], kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))
@@ -122,7 +122,7 @@ class Scorer:
                 _collect(parts, detector(torch.stack(of_steps)))
             for detector in self.of["image"]:
                 _collect(parts, detector(step.after, predict))
-        return {name: torch.cat(values).unflatten(0, (-1, images)) for name, values in parts.items()}
+        return {name: torch.cat(values).unflatten(0, (-1, noises)) for name, values in parts.items()}
 
 
 def _collect(parts: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:
@@ -142,7 +142,7 @@ class SequentialScorer:
     def __init__(self, *arguments, detector: str, bands: Bands, **settings) -> None:
         self.detector, self.bands = detector, bands
         self.scorers = [
-            Scorer(*arguments, num_images=n - before, first_image=before, **settings)
+            Scorer(*arguments, noises=n - before, first_noise=before, **settings)
             for before, n in zip((0, *ROUNDS[:-1]), ROUNDS, strict=True)
         ]
 
@@ -165,7 +165,7 @@ class SequentialScorer:
 
 
 def as_rows(values: dict[str, Tensor], names: Sequence[str]) -> list[dict[str, list]]:
-    """Values ``(rows, images, ...)`` as a dict a row, rounded.
+    """Values ``(rows, noises, ...)`` as a dict a row, rounded.
 
     Raises:
         InputError: a value is not finite; names the row by ``names``.

@@ -33,7 +33,7 @@ SCORED_BY = "anisotropy"
 
 
 class Side(NamedTuple):
-    """A case before or after: pictures, uint8 ``(prompts, images, h, w, 3)``, and what is measured of each prompt."""
+    """A case before or after: pictures, uint8 ``(prompts, noises, h, w, 3)``, and what is measured of each prompt."""
 
     pictures: np.ndarray
     measured: list[dict]
@@ -125,7 +125,7 @@ def run_mitigation(
     store: ResultStore,
     *,
     batch_size: int,
-    images: int,
+    noises: int,
 ) -> None:
     """Mitigate ``prompts`` into ``store``, from where it stopped.
 
@@ -145,7 +145,7 @@ def run_mitigation(
         (store.folder / name).mkdir(exist_ok=True)
 
     def work(size: int) -> None:
-        _mitigate_all(partial(case_of, batch_size=size), mitigation, prompts, judge, store, max(1, size // images))
+        _mitigate_all(partial(case_of, batch_size=size), mitigation, prompts, judge, store, max(1, size // noises))
 
     with_memory(work, store, batch_size)
 

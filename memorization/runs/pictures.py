@@ -21,7 +21,7 @@ from memorization.runs.store import ResultStore
 @torch.no_grad()
 def run_pictures(
     pipe: LocalStableDiffusionPipeline,
-    images: pd.DataFrame,
+    pictures: pd.DataFrame,
     detectors: Sequence[Detector],
     store: ResultStore,
     *,
@@ -29,17 +29,17 @@ def run_pictures(
     at_once: int = 4,
 ) -> None:
     """Score the pictures of :func:`list_pictures` into ``store``, from where it stopped, ``at_once`` together."""
-    if store.done < len(images):
+    if store.done < len(pictures):
         store.start()
-        with_memory(lambda size: _score_all(pipe, images, detectors, store, size, at_once), store, batch_size)
+        with_memory(lambda size: _score_all(pipe, pictures, detectors, store, size, at_once), store, batch_size)
 
 
-def _score_all(pipe, images: pd.DataFrame, detectors, store: ResultStore, batch_size: int, at_once: int) -> None:
-    keep = [column for column in KEPT if column in images]
+def _score_all(pipe, pictures: pd.DataFrame, detectors, store: ResultStore, batch_size: int, at_once: int) -> None:
+    keep = [column for column in KEPT if column in pictures]
     empty = pipe.embed([""])
     first = store.done // at_once * at_once
-    for start in tqdm(range(first, len(images), at_once), desc=store.folder.name, unit=f"{at_once} pictures"):
-        batch = images.iloc[start : start + at_once]
+    for start in tqdm(range(first, len(pictures), at_once), desc=store.folder.name, unit=f"{at_once} pictures"):
+        batch = pictures.iloc[start : start + at_once]
         predict = Predictor(pipe, pipe.embed(batch["prompt"].tolist()), empty, batch_size)
         clean, values = encode(pipe, batch["image"].tolist()), {}
         for detector in detectors:

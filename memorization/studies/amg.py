@@ -265,9 +265,9 @@ def main() -> None:
     spec = find_model(args.model)
     if not spec.clip:
         raise InputError(f"{spec.name}: needs a CLIP checkpoint in its config, for the text alignment")
-    subject = open_subject(args, "amg", images=True)
+    subject = open_subject(args, "amg", pictures=True)
     ablated = args.ablated and load_pipeline(
-        find_model(args.ablated), subject.settings["dtype"], subject.pipe.device, images=True
+        find_model(args.ablated), subject.settings["dtype"], subject.pipe.device, pictures=True
     )
     listed = args.prompts or ROOT / spec.prompts["prompts"]
     frame = subject.frame.assign(picture=picture_files(subject.frame, listed))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from memorization.errors import InputError
 from memorization.evaluation.learned import learned_combination
-from memorization.evaluation.metrics import fit_weights, image_mean, roc, tpr_at_fpr
+from memorization.evaluation.metrics import fit_weights, noise_mean, roc, tpr_at_fpr
 from memorization.flags import ArgumentParser, run_script
 from memorization.io.files import read_lines, write_atomically
 
@@ -42,7 +42,7 @@ def pairs(rows: list[dict]) -> pd.DataFrame:
     """
     labels, families = np.array([row["label"] for row in rows]), np.array([row["family"] for row in rows])
     keys = [key for key in rows[0] if key.startswith("noise/")]
-    columns = {key.removeprefix("noise/"): np.array([image_mean(row[key]) for row in rows]) for key in keys}
+    columns = {key.removeprefix("noise/"): np.array([noise_mean(row[key]) for row in rows]) for key in keys}
     found = []
     for first, second in tqdm(list(combinations(columns, 2)), desc="pairs"):
         values = np.stack([columns[first], columns[second]], axis=1)

@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="default: results/studies/<study>/<model>-<split>")
 
 
-def open_subject(args: argparse.Namespace, study: str, *, images: bool = False) -> Subject:
-    """Load what the flags name, with the autoencoder for ``images``.
+def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False) -> Subject:
+    """Load what the flags name, with the autoencoder for ``pictures``.
 
     Raises:
         InputError: there is no such model or list, or the chosen rows hold one class only.
@@ -58,7 +58,7 @@ def open_subject(args: argparse.Namespace, study: str, *, images: bool = False) 
         raise InputError(f"{path}: the {args.split} rows need labels of both classes, 0 and 1")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or spec.dtype, device)
-    pipe = load_pipeline(spec, dtype, device, images=images)
+    pipe = load_pipeline(spec, dtype, device, pictures=pictures)
     settings = {
         "model": args.model, "revision": revision_of(pipe), "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),
         "split": args.split, "seed": args.seed, "dtype": dtype,

@@ -225,7 +225,7 @@ def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, 
     """
     if min(args.memorized, args.ordinary) < 1 or not 3 <= args.steps <= 500:
         raise InputError("--memorized and --ordinary are at least 1, --steps from 3 to 500")
-    subject = open_subject(args, name, images=True)
+    subject = open_subject(args, name, pictures=True)
     spec = subject.spec
     if not (spec.calibration and spec.clip and "nl2" in spec.copy_limits and "image" in subject.frame):
         raise InputError(f"{spec.name}: needs a calibration, clip and copy_limits in its config, and training pictures")

@@ -108,7 +108,7 @@ def main() -> None:
     with ResultStore(subject.out, settings, {}) as store:
         sweep = PLaplaceSweep(tuple(args.timesteps))
         scorer = partial(
-            Scorer, subject.pipe, [sweep], num_images=1, seed=args.seed, steps=50,
+            Scorer, subject.pipe, [sweep], noises=1, seed=args.seed, steps=50,
             guidance_scale=subject.spec.guidance_scale,
         )  # fmt: skip
         run_detection(scorer, balanced(subject.frame, args.each), store, batch_size=default_batch_size(subject.pipe))

@@ -16,7 +16,7 @@ import pandas as pd
 from memorization.detectors.registry import DETECTORS
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
-from memorization.evaluation.metrics import family_weights, image_mean, measure, threshold_at
+from memorization.evaluation.metrics import family_weights, measure, noise_mean, threshold_at
 from memorization.flags import ArgumentParser, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import read_json, read_lines, write_atomically
@@ -46,11 +46,11 @@ def study(rows: pd.DataFrame, detector: str, evaluations: int, fpr: float, resam
                          for part, value in zip(("value", "low", "high"), metrics[key], strict=True)}})  # fmt: skip
 
     for n in ROUNDS:
-        add(f"fixed n = {n}", [image_mean(row, n) for row in noises[~learn]], n)
+        add(f"fixed n = {n}", [noise_mean(row, n) for row in noises[~learn]], n)
     for risk in RISKS:
         bands = fit_bands(noises[learn], threshold, risk)
         used = [noises_needed(row, bands) for row in noises[~learn]]
-        scores = [image_mean(row, n) for row, n in zip(noises[~learn], used, strict=True)]
+        scores = [noise_mean(row, n) for row, n in zip(noises[~learn], used, strict=True)]
         add(f"sequential, risk {risk:g}", scores, float(np.mean(used)))
     return pd.DataFrame(found)
 

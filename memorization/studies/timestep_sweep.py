@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memorization.detectors.features import FEATURES, features
-from memorization.evaluation.metrics import image_mean, roc, tpr_at_fpr
+from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
 from memorization.flags import ArgumentParser, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import read_lines, write_atomically
@@ -71,7 +71,7 @@ def sweep_table(rows: list[dict], timesteps: dict[int, int]) -> pd.DataFrame:
     for key in (key for key in rows[0] if "@" in key):
         latents, rest = key.split("/")
         feature, place = rest.split("@")
-        scores = np.array([image_mean(row[key]) for row in rows])
+        scores = np.array([noise_mean(row[key]) for row in rows])
         fpr, tpr = roc(labels, scores)
         found.append({
             "latents": latents, "feature": feature, "t": timesteps[int(place)],
@@ -114,7 +114,7 @@ def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     }  # fmt: skip
     with ResultStore(subject.out, settings, {}) as store:
         scorer = partial(
-            Scorer, pipe, detectors, num_images=args.num_images, seed=args.seed, steps=len(grid),
+            Scorer, pipe, detectors, noises=args.num_images, seed=args.seed, steps=len(grid),
             guidance_scale=subject.spec.guidance_scale,
         )  # fmt: skip
         run_detection(scorer, subject.frame, store, batch_size=default_batch_size(pipe))
