@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from memorization.errors import InputError
 from memorization.flags import ArgumentParser, run_script
-from memorization.io.pictures import SUFFIXES, list_pictures, read_picture
+from memorization.io.pictures import SUFFIXES, list_pictures, read_picture, to_bytes, to_tensor
 from memorization.similarity.clip import Clip
 from memorization.similarity.sscd import SSCD
 
@@ -38,6 +39,23 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
     root = _root(first)
     cross = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
     return float(max(0.0, means + np.trace(first) + np.trace(second) - 2 * cross))
+
+
+class Reference:
+    """Frechet distance, on the features of ``clip``, to pictures as they should look, uint8 ``(n, h, w, 3)``.
+
+    Pictures are brought to the size of these first, so that both sides are about as sharp.
+    """
+
+    def __init__(self, pictures: np.ndarray, clip: Clip) -> None:
+        self.clip, self.size = clip, pictures.shape[1:3]
+        self.features = clip.pictures(pictures).numpy()
+
+    def distance(self, pictures: np.ndarray) -> float:
+        """Of uint8 ``(n, h, w, 3)``, at least two."""
+        if pictures.shape[1:3] != self.size:
+            pictures = to_bytes(interpolate(to_tensor(pictures), self.size, mode="bicubic", antialias=True))
+        return frechet_distance(self.clip.pictures(pictures).numpy(), self.features)
 
 
 def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -73,6 +73,7 @@ class AMG:
     sim_rate: float | None = None
 
     name: ClassVar[str] = "amg"
+    needs_index: ClassVar[bool] = True
     strengths: ClassVar[tuple[float, ...]] = (0.8, 0.9, 1.0, 1.15, 1.3)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memorization.index.descriptors import SIZED
 from memorization.index.store import Index
+from memorization.similarity.nl2 import NEIGHBOURS, normalized_l2_to_nearest
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Nearest:
     """Nearness to the pictures of ``index``."""
 
     index: Index
-    k: int = 50
-    alpha: float = 0.5
+    k: int = NEIGHBOURS
 
     @property
     def measure(self) -> str:
@@ -42,6 +42,5 @@ class Nearest:
         """sigma ``(n,)`` of ``features``, and the rows of their neighbours; differentiable."""
         if self.measure != "nl2":
             return (features * self.index.vectors(rows[:, 0].tolist()).to(features)).sum(1)
-        z = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
-        distance = (features[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
-        return -distance[:, 0] / (self.alpha * distance.mean(1))
+        neighbours = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
+        return -normalized_l2_to_nearest(features, neighbours)

@@ -1,0 +1,219 @@
+"""What a comparison of mitigations says: a table, a trade-off curve and a contact sheet.
+
+The table and the curve follow from the folder alone (``scores.jsonl`` and ``run.json``): no model is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from memorization.io.figures import draw_strips, save_figure
+from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.tables import markdown
+from memorization.similarity.judge import LOWER_IS_NEARER, NEARNESS, Judge, is_copy
+from memorization.studies.compare import PLAIN, Comparison, Item
+
+# Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4, Chen et al., CVPR 2024; above SSCD .5, Pizzi et
+# al., CVPR 2022. The first of each holds for a model that has no limit of its own.
+LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4)}
+SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigation
+
+
+def copy_limits(own: Mapping[str, float]) -> dict[str, float]:
+    """Measure of nearness -> the value at which copies are counted: the model's ``own``, else the field's."""
+    return {**{measure: limits[0] for measure, limits in LIMITS.items()}, **own}
+
+
+def read_comparison(folder: Path) -> tuple[pd.DataFrame, dict]:
+    """(lines of the rows that are whole, what ``run.json`` says of the run)."""
+    lines = pd.DataFrame(read_lines(folder / "scores.jsonl")[0])
+    items = lines.groupby("row")["item"].transform("size")
+    return lines[items == items[lines["row"] == PLAIN].iloc[0]], read_json(folder / "run.json")
+
+
+def table_of_run(folder: Path, resamples: int = 1000) -> pd.DataFrame:
+    """The table of a comparison, a row a row, plain sampling first."""
+    lines, run = read_comparison(folder)
+    frechet = {name: row["frechet"] for name, row in run["rows"].items() if "frechet" in row}
+    return table_of(lines, run["copy_limits"], resamples, frechet)
+
+
+def table_of(
+    lines: pd.DataFrame, limits: Mapping[str, float], resamples: int, frechet: Mapping[str, float] | None = None
+) -> pd.DataFrame:
+    """A row a row of the comparison.
+
+    Args:
+        lines: of whole rows.
+        limits: measure of nearness -> the value at which copies are counted.
+        resamples: of families, for the 95% intervals (``low``, ``high``).
+        frechet: distance by row.
+
+    Returns:
+        ``copies`` by the first of the limits that was measured, and all else of items with label 1, but for the columns
+        that begin with ``ordinary``, of the others; ``seconds`` for the remedy, an item.
+    """
+    plain, found = lines[lines["row"] == PLAIN], []
+    for name, own in lines.groupby("row", sort=False):
+        row = {"row": name, "method": own["method"].iloc[0], "strength": own["strength"].iloc[0]}
+        memorized, ordinary = (own[own["label"] == label] for label in (1, 0))
+        row |= _copying(memorized, limits, resamples)
+        row |= {"Frechet": frechet[name]} if frechet and name in frechet else {}
+        row |= _others(memorized)
+        row |= _ordinary(ordinary, plain[plain["label"] == 0])
+        found.append(row | _effort(memorized))
+    return pd.DataFrame(found).dropna(axis=1, how="all")
+
+
+def values_of(lines: pd.DataFrame, measure: str) -> np.ndarray | None:
+    """``(items, noises)`` of a measure, None where it was not measured for all of them."""
+    if measure not in lines or lines.empty or lines[measure].isna().any():
+        return None
+    return np.array(lines[measure].tolist(), dtype=float)
+
+
+def _copying(lines: pd.DataFrame, limits: Mapping[str, float], resamples: int) -> dict[str, float]:
+    """Shares of copies and how near the nearest pictures are; the CLIP score, which pays for it, beside them."""
+    weights = family_resamples(lines["family"].to_numpy(), resamples)
+    measured = {name: values for name in NEARNESS if (values := values_of(lines, name)) is not None}
+    row, more = {}, {}
+    for name, values in measured.items():
+        if name in limits:
+            column = f"copies by {name}" if row else "copies"
+            row |= _with_interval(column, is_copy(name, values, limits[name]).mean(1), weights)
+    for name, values in measured.items():
+        low = name in LOWER_IS_NEARER
+        for limit in LIMITS.get(name, ()):
+            more[f"{name} {'<' if low else '>'} {short(limit)}"] = is_copy(name, values, limit).mean()
+        more[f"{name} 5%" if low else f"{name} top 5%"] = np.quantile(values, 0.05 if low else 0.95)
+        more[f"{name} lowest" if low else f"{name} highest"] = values.min() if low else values.max()
+    if (clip := values_of(lines, "clip")) is not None:
+        row |= _with_interval("clip", clip.mean(1), weights)
+    return row | more
+
+
+def short(limit: float) -> str:
+    """A limit as tables write it: ``1.4``, ``.5``."""
+    return f"{limit:g}".removeprefix("0")
+
+
+def _with_interval(name: str, values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    return dict(zip((name, f"{name} low", f"{name} high"), resampled_mean(values, weights), strict=True))
+
+
+def other_measures(lines: pd.DataFrame) -> list[str]:
+    """Measures that the judge was given from outside."""
+    lists = [name for name in lines if len(lines) and isinstance(lines[name].iloc[0], list)]
+    return [name for name in lists if name not in (*NEARNESS, "clip")]
+
+
+def _others(lines: pd.DataFrame) -> dict[str, float]:
+    return {name: values_of(lines, name).mean() for name in other_measures(lines)}
+
+
+def _ordinary(lines: pd.DataFrame, plain: pd.DataFrame) -> dict[str, float]:
+    """What a row does to items that need no mitigation, against plain sampling."""
+    if lines.empty:
+        return {}
+    row = {}
+    for name in ("clip", *other_measures(lines)):
+        if (values := values_of(lines, name)) is not None:
+            row |= {f"ordinary: {name}": values.mean(),
+                    f"ordinary: {name} change": values.mean() - values_of(plain, name).mean()}  # fmt: skip
+    return row | {"ordinary: picture change": lines["moved"].mean()}
+
+
+def _effort(lines: pd.DataFrame) -> dict[str, float]:
+    """Mean score, median seconds an item."""
+    row = {"score": lines["score"].mean()} if "score" in lines else {}
+    names = {"seconds": "seconds", "seconds to generate": "seconds_generation"}
+    return row | {name: lines[key].median() for name, key in names.items() if key in lines}
+
+
+def resampled_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ``values (rows,)`` and its 95% interval by bootstrap ``weights (b, rows)``."""
+    means = weights @ values / weights.sum(1)
+    return float(values.mean()), *(float(q) for q in np.percentile(means, [2.5, 97.5]))
+
+
+def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
+    """How often each row's family was drawn, ``(resamples, rows)``: as many as there are, with replacement."""
+    _, member = np.unique(families, return_inverse=True)
+    count = member.max() + 1
+    rng = np.random.default_rng(0)
+    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count)[member] for _ in range(resamples)])
+
+
+def at_equal_alignment(table: pd.DataFrame, kept: float = 0.9) -> pd.DataFrame:
+    """The lowest share of copies that every method reaches while it keeps a share ``kept`` of the text alignment.
+
+    On its curve from no mitigation through its strengths, mild to strong, linear between them; best method first.
+    """
+    none = table.iloc[0]
+    wanted, found, column = kept * none["clip"], [], f"copies at {kept:.0%} of the alignment"
+    for method, group in table.iloc[1:].groupby("method", sort=False):
+        clip = np.array([none["clip"], *group["clip"]])
+        copies = np.array([none["copies"], *group["copies"]])
+        reached = list(copies[clip >= wanted])
+        for i in np.flatnonzero((clip[:-1] >= wanted) != (clip[1:] >= wanted)):  # the curve crosses it here
+            part = (clip[i] - wanted) / (clip[i] - clip[i + 1])
+            reached.append(copies[i] + part * (copies[i + 1] - copies[i]))
+        found.append({"method": method, column: min(reached)})
+    return pd.DataFrame(found).sort_values(column)
+
+
+def draw_curve(table: pd.DataFrame, path: Path, title: str) -> Path:
+    """Share of copies against text alignment, a line a method; the best corner is below, on the right."""
+    figure, axis = plt.subplots(figsize=(8, 5.4))
+    none = table.iloc[0]
+    axis.plot(none["clip"], none["copies"], "k*", markersize=14, label="no mitigation")
+    for i, (method, group) in enumerate(table.iloc[1:].groupby("method", sort=False)):
+        bars = np.abs(group[["copies low", "copies high"]].to_numpy().T - group["copies"].to_numpy())
+        style = "os^DvP*X<>hd"[i % 12] + ("-" if i < 10 else "--")
+        axis.errorbar(group["clip"], group["copies"], yerr=bars, fmt=style, color=f"C{i % 10}", markersize=5,
+                      elinewidth=0.5, label=method)  # fmt: skip
+    axis.set(xlabel="text alignment (CLIP score)", ylabel="share of pictures that are copies", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save_figure(figure, path)
+
+
+def shown_pictures(plain: pd.DataFrame) -> list[tuple[int, int]]:
+    """(item, noise) of each column of a sheet: the copies of plain sampling that are nearest, then ordinary items."""
+    measure = next((name for name in NEARNESS if values_of(plain, name) is not None), None)
+    memorized, ordinary = (plain[plain["label"] == label] for label in (1, 0))
+    found = []
+    if measure:
+        values = values_of(memorized, measure) * (1 if measure in LOWER_IS_NEARER else -1)
+        nearest = pd.DataFrame({"item": memorized["item"], "noise": values.argmin(1), "value": values.min(1)})
+        nearest = nearest.sort_values("value").head(SHOWN[0])
+        found = list(zip(nearest["item"].tolist(), nearest["noise"].tolist(), strict=True))
+    return found + [(item, 0) for item in ordinary["item"].head(SHOWN[1])]
+
+
+def draw_sheet(comparison: Comparison, rows: Sequence[str], items: Sequence[Item], judge: Judge, path: Path) -> Path:
+    """The training picture that each picture of plain sampling is measured against, above the pictures of ``rows``."""
+    columns = shown_pictures(pd.DataFrame(comparison.lines(PLAIN)))
+    strips = {row: [comparison.pictures(row, item)[noise] for item, noise in columns] for row in (PLAIN, *rows)}
+    training = [judge.training_picture(picture, items[item].image)
+                for picture, (item, _) in zip(strips[PLAIN], columns, strict=True)]  # fmt: skip
+    return draw_strips({"training picture, the nearest where none is its own": training, **strips}, path)
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """To standard output, without columns that say nothing of these rows."""
+    print(markdown(table.dropna(axis=1, how="all").round(3).astype(object).fillna("")) + "\n")
+
+
+def write_report(folder: Path, resamples: int, title: str) -> pd.DataFrame:
+    """Write ``table.csv`` and, where there is a text to agree with, ``tradeoff.png``; gives back the table."""
+    table = table_of_run(folder, resamples)
+    write_atomically(folder / "table.csv", table.round(4).to_csv(index=False))
+    if "clip" in table:
+        draw_curve(table, folder / "tradeoff.png", title)
+    return table
