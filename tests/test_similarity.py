@@ -138,8 +138,8 @@ def test_judge_measures_against_the_own_training_picture_or_else_the_nearest(kno
     assert own == pytest.approx(table[:, 0].tolist(), abs=1e-4)
     assert judge(pictures)["nl2"] == [0, 0]
     half = known.pictures[:1] // 2 + known.pictures[3:4] // 2
-    assert judge(half)["nl2"][0] == pytest.approx(normalized_l2(to_tensor(half), to_tensor(known.pictures)).min().item(),
-                                                  abs=1e-4)  # fmt: skip
+    expected = normalized_l2(to_tensor(half), to_tensor(known.pictures)).min().item()
+    assert judge(half)["nl2"][0] == pytest.approx(expected, abs=1e-4)
     assert (judge.training_picture(pictures[0]) == pictures[0]).all()
     assert (judge.training_picture(pictures[0], second) == pictures[1]).all()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,12 @@ class Reference:
     """
 
     def __init__(self, pictures: np.ndarray, clip: Clip) -> None:
-        self.clip, self.size = clip, pictures.shape[1:3]
-        self.features = clip.pictures(pictures).numpy()
+        self.pictures, self.clip, self.size = pictures, clip, pictures.shape[1:3]
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """Of the reference, made when it is first compared with."""
+        return self.clip.pictures(self.pictures).numpy()
 
     def distance(self, pictures: np.ndarray) -> float:
         """Of uint8 ``(n, h, w, 3)``, at least two."""

@@ -43,8 +43,8 @@ def add_comparison_arguments(parser: ArgumentParser, *, memorized: int) -> None:
     add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
     add("--images", type=int, metavar="N", help="noises a prompt (default: the calibration's, else 4)")
     add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
-    add("--index", type=Path, metavar="DIR", help="of training pictures, for methods that need one (default: of those in "
-        "the model's list)")  # fmt: skip
+    add("--index", type=Path, metavar="DIR", help="of training pictures, for methods that need one (default: of those "
+        "in the model's list)")  # fmt: skip
     add("--reference", type=Path, metavar="INDEX", help="pixels of pictures as they should look, for the Frechet "
         "distance (default: the model's config)")  # fmt: skip
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
@@ -78,9 +78,7 @@ class Bench:
         frame = self.subject.frame.assign(picture=picture_files(self.subject.frame, listed))
         self.frame = chosen_prompts(frame, args.memorized, args.ordinary)
         if not 0 < (self.frame["label"] == 1).sum() < len(self.frame):
-            raise InputError(
-                f"{listed}: no memorized prompt with a training picture, or no other one, among the chosen"
-            )
+            raise InputError(f"{listed}: no memorized prompt with a training picture, or no other prompt, was chosen")
         known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
         self.judge = make_judge(self.subject.pipe, known, self.spec.clip, others=measures)
         self.calibration = read_calibration(ROOT / self.spec.calibration) if self.spec.calibration else Calibration()

@@ -18,8 +18,8 @@ from memorization.io.tables import markdown
 from memorization.similarity.judge import LOWER_IS_NEARER, NEARNESS, Judge, is_copy
 from memorization.studies.compare import PLAIN, Comparison, Item
 
-# Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4, Chen et al., CVPR 2024; above SSCD .5, Pizzi et
-# al., CVPR 2022. The first of each holds for a model that has no limit of its own.
+# Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4 (Chen et al., CVPR 2024), above SSCD .5 (Pizzi
+# et al., CVPR 2022). The first of each holds for a model that has no limit of its own.
 LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4)}
 SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigation
 
@@ -124,7 +124,7 @@ def _ordinary(lines: pd.DataFrame, plain: pd.DataFrame) -> dict[str, float]:
     for name in ("clip", *other_measures(lines)):
         if (values := values_of(lines, name)) is not None:
             row |= {f"ordinary: {name}": values.mean(),
-                    f"ordinary: {name} change": values.mean() - values_of(plain, name).mean()}  # fmt: skip
+                    f"ordinary: {name} change": (values - values_of(plain, name)).mean()}  # fmt: skip
     return row | {"ordinary: picture change": lines["moved"].mean()}
 
 
