@@ -97,7 +97,8 @@ def test_the_table_says_what_the_lines_say():
         lines_of(PLAIN, [1.3, 1.5], 1, family="b", sscd=[0.45, 0.1], clip=[0.7, 0.7], colour=[1, 0], item=1),
         lines_of(PLAIN, [1.9, 1.0], 0, sscd=[0, 0], clip=[0.5, 0.5], colour=[1, 1], item=2),
         lines_of("x 1", [1.1, 1.7], 1, family="a", sscd=[0.3, 0.2], clip=[0.6, 0.6], colour=[0, 0]),
-        lines_of("x 1", [1.8, 1.8], 1, family="b", sscd=[0.2, 0.2], clip=[0.4, 0.4], colour=[0, 1], item=1, seconds=3.0),
+        lines_of("x 1", [1.8, 1.8], 1, family="b", sscd=[0.2, 0.2], clip=[0.4, 0.4], colour=[0, 1], item=1, seconds=3.0,
+                 ),
         lines_of("x 1", [1.9, 1.0], 0, sscd=[0, 0], clip=[0.4, 0.5], colour=[0, 0], item=2, moved=0.3),
     ])  # fmt: skip
     table = table_of(lines, {"nl2": 1.2, "sscd": 0.5}, 200, {"x 1": 7.0}).set_index("row")

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, names, run_script
 from memorization.io.figures import save_figure
 from memorization.mitigations.amg import AMG
 from memorization.mitigations.amg.guide import AntiMemorization
 from memorization.mitigations.case import Case
 from memorization.models.generation import generate
 from memorization.models.loading import load_pipeline, revision_of
-from memorization.models.registry import find_model
+from memorization.models.spec import find_model
 from memorization.studies.compare import PLAIN, Comparison, Row
 from memorization.studies.compare_prompts import Bench, add_comparison_arguments
 from memorization.studies.compare_report import draw_sheet, print_table, write_report
@@ -58,11 +58,11 @@ def variants(measure: str) -> dict[str, dict]:
 
 def rows_of(bench: Bench) -> dict[str, Row]:
     """The rows of both tables by name, besides plain sampling and the ablated model's."""
-    perturbed = [Row(name, name, bench.mitigation(name)) for name in PERTURBATIONS]
-    measure = bench.mitigation("amg").nearest().measure
-    own = [Row(name, "amg" if name in (MAIN, STRONG) else name, bench.mitigation("amg", settings))
-           for name, settings in variants(measure).items()]  # fmt: skip
-    return {row.name: row for row in (*perturbed, *own)}
+    rows = [bench.row(name, {}, name) for name in PERTURBATIONS]
+    measure = bench.row(AMG.name, {}, MAIN).mitigation.nearest().measure
+    for name, settings in variants(measure).items():
+        rows.append(bench.row(AMG.name, settings, name, AMG.name if name in (MAIN, STRONG) else name))
+    return {row.name: row for row in rows}
 
 
 def chosen_rows(rows: dict[str, Row], wanted: str) -> list[Row]:
@@ -71,18 +71,17 @@ def chosen_rows(rows: dict[str, Row], wanted: str) -> list[Row]:
     Raises:
         InputError: there is no such row.
     """
-    names = list(rows) if wanted == "all" else wanted.split(",")
-    if unknown := [name for name in names if name not in rows]:
+    chosen = list(rows) if wanted == "all" else names(wanted)
+    if unknown := [name for name in chosen if name not in rows]:
         raise InputError(f"no row {unknown[0]!r}; there are: {', '.join(rows)}")
-    return [rows[name] for name in names]
+    return [rows[name] for name in chosen]
 
 
 def fill_ablated(comparison: Comparison, bench: Bench, folder: str) -> None:
     """Plain sampling of another model: the row ``ablation``."""
     device, dtype = bench.subject.pipe.device, bench.subject.settings["dtype"]
     pipe = load_pipeline(find_model(folder), dtype, device, pictures=True)
-    row = Row(ABLATION, ABLATION, revision=revision_of(pipe))
-    comparison.fill(row, bench.batches(None, pipe))
+    comparison.fill(Row(ABLATION, ABLATION, revision=revision_of(pipe)), bench.batches(None, pipe))
 
 
 @torch.no_grad()
@@ -118,31 +117,24 @@ def draw_trajectory(case: Case, amg: AMG, path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_comparison_arguments(parser, memorized=24)
     add = parser.add_argument
     add("--ablated", metavar="FOLDER", help="a model whose memorized prompts were ablated, for a row of its own")
-    add(
-        "--rows",
-        default="all",
-        metavar="A,B|all",
-        help="of the tables, besides plain sampling; others may be added later",
-    )
-    args = parser.parse_args()
+    add("--rows", default="all", metavar="A,B|all", help="besides plain sampling; others may be added later")
+    args = parser.parse_args(arguments)
     bench = Bench(args, "amg")
-    rows = chosen_rows(rows_of(bench), args.rows)
-    with bench.opened() as comparison:
-        for row in rows:
-            comparison.fill(row, bench.batches(row.mitigation))
+    every = rows_of(bench)
+    with bench.compared(chosen_rows(every, args.rows)) as comparison:
         if args.ablated:
             fill_ablated(comparison, bench, args.ablated)
         shown = [name for name in SHOWN if name in comparison.rows]
         draw_sheet(comparison, shown, bench.items, bench.judge, bench.out / "sheet.png")
     table = write_report(bench.out, args.resamples, bench.title).set_index("row", drop=False)
-    for names in ((PLAIN, ABLATION, *PERTURBATIONS, MAIN, STRONG), (PLAIN, *GUIDANCES, MAIN, *gates("nl2"))):
-        print_table(table.loc[[name for name in names if name in table.index]])
-    draw_trajectory(bench.first_case(), bench.mitigation("amg"), bench.out / "trajectory.png")
+    for chosen in ((PLAIN, ABLATION, *PERTURBATIONS, MAIN, STRONG), (PLAIN, *GUIDANCES, MAIN, *gates("nl2"))):
+        print_table(table.loc[[name for name in chosen if name in table.index]])
+    draw_trajectory(bench.first_case(), every[MAIN].mitigation, bench.out / "trajectory.png")
     print(f"{bench.out}/table.csv, tradeoff.png, sheet.png, trajectory.png")
 
 

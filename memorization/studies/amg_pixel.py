@@ -14,22 +14,24 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from diffusers import DDPMPipeline
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
 from memorization.index.store import Index
 from memorization.io.pictures import to_bytes
 from memorization.mitigations.amg import AMG
 from memorization.models.devices import pick_device
 from memorization.models.loading import revision_of
 from memorization.models.pixel_diffusion import SAMPLERS, load_pixel_model, sample_pixels
-from memorization.models.registry import find_model
+from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.store import ResultStore
+from memorization.settings import Bounds
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import Reference
 from memorization.similarity.judge import Judge, TrainingPictures
@@ -75,7 +77,7 @@ def batches(pipe: DDPMPipeline, args: argparse.Namespace, labels: torch.Tensor |
     return [Batch([Item(None, 1, str(number)) for number in part], partial(make, part)) for part in parts]
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: Arguments = None) -> argparse.Namespace:
     """The flags, checked."""
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -85,21 +87,18 @@ def arguments() -> argparse.Namespace:
         "they should look, for the Frechet distance (default: %(default)s)")  # fmt: skip
     add("--clip", default=find_model("testbed-eps").clip, metavar="FOLDER|HUB_ID", help="for the second measure")
     add("--preset", default="pixel-testbed", help="of memorization/configs/mitigations/amg.yaml (default: %(default)s)")
-    add("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
-    add("--steps", type=int, default=25, help="of a generation (default: %(default)s)")
+    add("--count", type=value(Annotated[int, Bounds(2)]), default=256, metavar="N", help="pictures (default: "
+        "%(default)s)")  # fmt: skip
+    add_flags(parser, "--steps", default=25, help="of a generation (default: %(default)s)")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add_flags(parser, "--device", "--resamples")
+    add_flags(parser, "--seed", default=0, help="of the noise (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
-    args = parser.parse_args()
-    if min(args.count - 1, args.resamples) < 1 or not 2 <= args.steps <= 500 or args.seed < 0:
-        parser.error("--count is at least 2, --resamples 1, --steps from 2 to 500, --seed at least 0")
-    return args
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = arguments()
+def main(arguments: Arguments = None) -> None:
+    args = parse(arguments)
     amg = {"index": str(args.index), "preset": args.preset}
     nearest, device = AMG(**amg).nearest(), pick_device(args.device)
     index, pipe, clip = nearest.index, load_pixel_model(args.model, device), Clip(args.clip, device)

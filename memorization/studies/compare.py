@@ -18,9 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from memorization.errors import InputError
-from memorization.io.files import read_lines
 from memorization.io.pictures import read_picture, to_tensor
 from memorization.mitigations.base import Mitigation
+from memorization.paths import safe_name
 from memorization.runs.store import ResultStore
 from memorization.similarity.frechet import Reference
 
@@ -49,8 +49,7 @@ class Row(NamedTuple):
 
     def record(self) -> dict:
         """Everything that sets its pictures apart from other rows'."""
-        made = self.mitigation
-        settings = made and (made.record() if hasattr(made, "record") else vars(made))
+        settings = self.mitigation and self.mitigation.record()
         return {"method": self.method, "settings": settings} | ({"revision": self.revision} if self.revision else {})
 
 
@@ -97,7 +96,7 @@ class Comparison:
 
     def lines(self, row: str) -> list[dict]:
         """Those of a row, in the order of its items."""
-        own = [line for line in read_lines(self.store.scores)[0] if line["row"] == row]
+        own = [line for line in self.store.rows if line["row"] == row]
         return sorted(own, key=lambda line: line["item"])
 
     def fill(self, row: Row, batches: Sequence[Batch]) -> None:
@@ -149,13 +148,13 @@ class Comparison:
         self.store.append([{"id": self.store.done + i, **line} for i, line in enumerate(missing)])
 
     def _save(self, row: str, number: int, pictures: np.ndarray) -> None:
-        (self.store.folder / row).mkdir(exist_ok=True)
+        (self.store.folder / safe_name(row)).mkdir(exist_ok=True)
         for noise, picture in enumerate(pictures):
             Image.fromarray(picture).save(self.path(row, number, noise))
 
     def path(self, row: str, number: int, noise: int) -> Path:
         """Of a picture."""
-        return self.store.folder / row / f"{number:04d}-{noise}.png"
+        return self.store.folder / safe_name(row) / f"{number:04d}-{noise}.png"
 
     def pictures(self, row: str, number: int) -> np.ndarray:
         """Of an item of a row, uint8 ``(noises, h, w, 3)``."""

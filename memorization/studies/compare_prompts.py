@@ -10,23 +10,21 @@ from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.registry import make_detectors
+from memorization.detectors.base import PromptDetector
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration, read_calibration
-from memorization.flags import ArgumentParser
-from memorization.index.build import own_index
+from memorization.flags import ArgumentParser, add_flags, value
 from memorization.index.store import Index
-from memorization.io.prompts import picture_files, read_prompts
-from memorization.mitigations.base import Mitigation
+from memorization.io.prompts import picture_files
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
-from memorization.mitigations.registry import MITIGATIONS, make_mitigation
-from memorization.paths import ROOT
+from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.memory import default_batch_size
-from memorization.runs.mitigate import side
+from memorization.runs.mitigate import NOISES, configured_mitigation, prompts_of, side
 from memorization.runs.store import ResultStore
+from memorization.settings import Count
 from memorization.similarity.frechet import Reference
 from memorization.similarity.judge import Measure, make_judge
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
@@ -38,16 +36,15 @@ def add_comparison_arguments(parser: ArgumentParser, *, memorized: int) -> None:
     """Flags of every comparison on prompts; ``memorized``: the default of its flag."""
     add_arguments(parser)
     parser.set_defaults(split="test")
-    add = parser.add_argument
-    add("--memorized", type=int, default=memorized, metavar="N", help="memorized prompts (default: %(default)s)")
-    add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
-    add("--images", type=int, metavar="N", help="noises a prompt (default: the calibration's, else 4)")
-    add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
-    add("--index", type=Path, metavar="DIR", help="of training pictures, for methods that need one (default: of those "
-        "in the model's list)")  # fmt: skip
+    add, count = parser.add_argument, value(Count)
+    add("--memorized", type=count, default=memorized, metavar="N", help="memorized prompts (default: %(default)s)")
+    add("--ordinary", type=count, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
+    add("--noises", "--num-images", "--images", dest="noises", type=count, metavar="N",
+        help=f"a prompt (default: those that the model's calibration holds for, else {NOISES})")  # fmt: skip
+    add_flags(parser, "--steps", default=15, help="of a generation (default: %(default)s)")
+    add_flags(parser, "--index", "--resamples")
     add("--reference", type=Path, metavar="INDEX", help="pixels of pictures as they should look, for the Frechet "
         "distance (default: the model's config)")  # fmt: skip
-    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
 
 
 def chosen_prompts(frame: pd.DataFrame, memorized: int, ordinary: int) -> pd.DataFrame:
@@ -70,34 +67,28 @@ class Bench:
     """
 
     def __init__(self, args: argparse.Namespace, study: str, measures: Mapping[str, Measure] | None = None) -> None:
-        if min(args.memorized, args.ordinary, args.resamples) < 1 or not 3 <= args.steps <= 500:
-            raise InputError("--memorized, --ordinary and --resamples are at least 1, --steps from 3 to 500")
         self.args, self.subject = args, open_subject(args, study, pictures=True)
-        self.spec = self.subject.spec
-        listed = args.prompts or ROOT / self.spec.prompts["prompts"]
+        self.spec, self.out = self.subject.spec, self.subject.out
+        listed = args.prompts or self.spec.own_list()
         frame = self.subject.frame.assign(picture=picture_files(self.subject.frame, listed))
-        self.frame = chosen_prompts(frame, args.memorized, args.ordinary)
-        if not 0 < (self.frame["label"] == 1).sum() < len(self.frame):
+        frame = chosen_prompts(frame, args.memorized, args.ordinary)
+        if not 0 < (frame["label"] == 1).sum() < len(frame):
             raise InputError(f"{listed}: no memorized prompt with a training picture, or no other prompt, was chosen")
-        known = [picture for picture in picture_files(read_prompts(listed), listed) if picture]
+        families = frame["family"] if "family" in frame else frame["prompt"]
+        columns = (frame["prompt"], frame["label"].tolist(), families, frame["picture"])
+        self.items = [Item(*values) for values in zip(*columns, strict=True)]
+        known = prompts_of(self.spec, args.prompts).known
         self.judge = make_judge(self.subject.pipe, known, self.spec.clip, others=measures)
-        self.calibration = read_calibration(ROOT / self.spec.calibration) if self.spec.calibration else Calibration()
-        self.images = args.images or self.calibration.holds_for.get("num_images", 4)
+        self.calibration = read_calibration(Path(self.spec.calibration)) if self.spec.calibration else Calibration()
+        self.noises = args.noises or self.calibration.holds_for.get("num_images", NOISES)
+        self.detectors: dict[str, PromptDetector] = {}
         self._case = cache(self._make_case)  # what it holds of the detectors serves every row
-        families = self.frame["family"] if "family" in self.frame else self.frame["prompt"]
-        self.items = [Item(*values) for values in zip(self.frame["prompt"], self.frame["label"].tolist(), families,
-                                                      self.frame["picture"], strict=True)]  # fmt: skip
-
-    @property
-    def out(self) -> Path:
-        """The comparison's folder."""
-        return self.subject.out
 
     @property
     def title(self) -> str:
         """Of the trade-off curve."""
         memorized = sum(item.label for item in self.items)
-        return f"{self.spec.name}: {memorized} memorized prompts, {self.images} noises each"
+        return f"{self.spec.name}: {memorized} memorized prompts, {self.noises} noises each"
 
     @property
     def settings(self) -> dict:
@@ -105,40 +96,46 @@ class Bench:
         return {
             **self.subject.settings,
             **{name: vars(self.args)[name] for name in ("memorized", "ordinary", "steps")},
-            "num_images": self.images, "guidance_scale": self.spec.guidance_scale, "levels": self.calibration.levels,
+            "num_images": self.noises, "guidance_scale": self.spec.guidance_scale, "levels": self.calibration.levels,
             "judge": self.judge.description,
         }  # fmt: skip
 
+    def row(self, method: str, settings: Mapping[str, object], name: str, line: str = "") -> Row:
+        """A row by a method with the model's own settings for it, ``settings`` on top, and an index where it needs one.
+
+        Args:
+            name: of the row.
+            line: of the trade-off curve; default: the method's.
+
+        Raises:
+            InputError: there is no such method or setting, or it needs a calibration that holds for something else.
+        """
+        index = self.args.index if MITIGATIONS.find(method).needs_index else None
+        mitigation = configured_mitigation(method, settings, self.spec, index)
+        if mitigation.needs_level:
+            mitigation.bound(self.calibration.levels)
+            self.calibration.check({"model": self.args.model, "num_images": self.noises})
+        return Row(name, line or method, mitigation)
+
     @contextmanager
-    def opened(self) -> Iterator[Comparison]:
-        """The comparison in its folder, with plain sampling made."""
+    def compared(self, rows: Sequence[Row]) -> Iterator[Comparison]:
+        """The comparison in its folder, with plain sampling and ``rows`` made."""
+        mitigations = [row.mitigation for row in rows if row.mitigation]
+        self.detectors = scoring_detectors(mitigations, self.spec, self.calibration)
         with ResultStore(self.out, self.settings, {}) as store:
             store.record["copy_limits"] = copy_limits(self.spec.copy_limits)
             comparison = Comparison(store, self._reference())
-            comparison.fill(Row(PLAIN, PLAIN), self.batches(None))
+            for row in (Row(PLAIN, PLAIN), *rows):
+                comparison.fill(row, self.batches(row.mitigation))
             yield comparison
 
     def _reference(self) -> Reference | None:
         """Of the Frechet distance, where there is something to compare with by CLIP features."""
         folder, clip = self.args.reference or self.spec.reference, self.judge.clip
-        if not (folder and clip) or self.args.memorized * self.images < 2:
+        if not (folder and clip) or self.args.memorized * self.noises < 2:
             return None
-        index = Index(ROOT / folder)
+        index = Index(Path(folder))
         return Reference(index.pictures(index.size or (224, 224)), clip)
-
-    def mitigation(self, method: str, settings: Mapping | None = None) -> Mitigation:
-        """A method with the model's own settings for it, ``settings`` on top, and an index where it needs one.
-
-        Raises:
-            InputError: there is no such method or setting, or it needs a calibration that holds for other noises.
-        """
-        own = dict(self.spec.amg) if method == "amg" else {}
-        if getattr(MITIGATIONS.get(method), "needs_index", False):
-            own["index"] = str(self.args.index or own_index(self.spec))
-        mitigation = make_mitigation(method, {**own, **(settings or {})})
-        if getattr(mitigation, "lowers", None) and mitigation.target is None:
-            self.calibration.check({"num_images": self.images})
-        return mitigation
 
     def batches(
         self, mitigation: Mitigation | None, pipe: LocalStableDiffusionPipeline | None = None
@@ -150,25 +147,21 @@ class Bench:
             pipe: another model's, instead of the comparison's.
         """
         pipe = pipe or self.subject.pipe
-        at_once = max(1, default_batch_size(pipe) // self.images)
+        at_once = max(1, default_batch_size(pipe) // self.noises)
         parts = [tuple(self.items[start : start + at_once]) for start in range(0, len(self.items), at_once)]
         return [Batch(part, partial(self._make, part, mitigation, pipe)) for part in parts]
 
     def first_case(self) -> Case:
         """Of the first memorized prompt alone."""
-        return self._case((self.items[0],), self.subject.pipe)
+        return self._case(tuple(self.items[:1]), self.subject.pipe)
 
     def _make_case(self, items: tuple[Item, ...], pipe: LocalStableDiffusionPipeline) -> Case:
-        anisotropy = {**self.spec.anisotropy, **self.calibration.anisotropy}
-        detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": anisotropy})
-        prompts = [item.prompt for item in items]
-        with torch.no_grad():
-            embeds = pipe.embed(prompts).float()
-        return Case(
-            pipe, prompts, embeds, pipe.pure_noise(self.images, self.args.seed), {d.name: d for d in detectors},
-            self.calibration.levels, self.args.steps, self.calibration.holds_for.get("steps", 50),
-            self.spec.guidance_scale, self.args.seed, default_batch_size(pipe),
+        cases = Cases(
+            pipe, pipe.pure_noise(self.noises, self.args.seed), self.args.steps, self.spec.guidance_scale,
+            self.args.seed, default_batch_size(pipe), self.detectors, self.calibration.levels,
+            self.calibration.holds_for.get("steps", 50),
         )  # fmt: skip
+        return cases([item.prompt or "" for item in items])
 
     def _make(
         self, items: tuple[Item, ...], mitigation: Mitigation | None, pipe: LocalStableDiffusionPipeline

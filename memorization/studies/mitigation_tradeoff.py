@@ -7,32 +7,25 @@ Intervals resample families. A killed study goes on where it stopped, and other 
 
 from __future__ import annotations
 
-from memorization.flags import ArgumentParser, run_script
-from memorization.mitigations.registry import MITIGATIONS, make_mitigation
-from memorization.studies.compare import Row
+from memorization.flags import ArgumentParser, Arguments, names, run_script
+from memorization.mitigations.base import MITIGATIONS, make_mitigation
 from memorization.studies.compare_prompts import Bench, add_comparison_arguments
 from memorization.studies.compare_report import at_equal_alignment, draw_sheet, print_table, write_report
 
 
-def row_of(bench: Bench, method: str, strength: float) -> Row:
-    """One method at one strength."""
-    return Row(f"{method} {strength:g}", method, bench.mitigation(method, {"strength": strength}))
-
-
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_comparison_arguments(parser, memorized=16)
     parser.add_argument(
         "--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)"
     )
-    args = parser.parse_args()
-    methods = list(MITIGATIONS) if args.methods == "all" else args.methods.split(",")
+    args = parser.parse_args(arguments)
+    methods = list(MITIGATIONS) if args.methods == "all" else names(args.methods)
     defaults = {name: make_mitigation(name) for name in methods}
     bench = Bench(args, "mitigation_tradeoff")
-    rows = [row_of(bench, name, strength) for name, default in defaults.items() for strength in default.strengths]
-    with bench.opened() as comparison:
-        for row in rows:
-            comparison.fill(row, bench.batches(row.mitigation))
+    rows = [bench.row(name, {"strength": strength}, f"{name} {strength:g}")
+            for name, default in defaults.items() for strength in default.strengths]  # fmt: skip
+    with bench.compared(rows) as comparison:
         shown = [row.name for row in rows if row.strength == defaults[row.method].strength]
         draw_sheet(comparison, shown, bench.items, bench.judge, bench.out / "sheet.png")
     table = write_report(bench.out, args.resamples, bench.title)
