@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
@@ -63,7 +64,7 @@ class Reference:
         return frechet_distance(self.clip.pictures(pictures).numpy(), self.features)
 
 
-def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray | Tensor]) -> np.ndarray:
     """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
     paths = list_pictures(folder)["image"]
     return np.concatenate(

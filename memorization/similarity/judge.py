@@ -100,9 +100,11 @@ class Judge:
             image: its training picture, one of the known files.
         """
         values: dict[str, Sequence[float]] = {}
-        features = self.clip.pictures(pictures) if self.clip else None
-        if self.clip and prompt is not None:
-            values["clip"] = (features @ self.clip.prompts([prompt])[0]).tolist()
+        features = None
+        if self.clip:
+            features = self.clip.pictures(pictures)
+            if prompt is not None:
+                values["clip"] = (features @ self.clip.prompts([prompt])[0]).tolist()
         for measure, table in self._tables(pictures, features).items():
             nearest = table.amin(1) if measure in LOWER_IS_NEARER else table.amax(1)
             values[measure] = (nearest if image is None else table[:, self._place[image]]).tolist()

@@ -56,11 +56,17 @@ def variants(measure: str) -> dict[str, dict]:
     return {MAIN: {}, STRONG: {"strength": 1.15}, **apart, **gates(measure)}
 
 
+def preset_of(bench: Bench) -> AMG:
+    """AMG as the model's config has it."""
+    mitigation = bench.row(AMG.name, {}, MAIN).mitigation
+    assert isinstance(mitigation, AMG)
+    return mitigation
+
+
 def rows_of(bench: Bench) -> dict[str, Row]:
     """The rows of both tables by name, besides plain sampling and the ablated model's."""
     rows = [bench.row(name, {}, name) for name in PERTURBATIONS]
-    measure = bench.row(AMG.name, {}, MAIN).mitigation.nearest().measure
-    for name, settings in variants(measure).items():
+    for name, settings in variants(preset_of(bench).nearest().measure).items():
         rows.append(bench.row(AMG.name, settings, name, AMG.name if name in (MAIN, STRONG) else name))
     return {row.name: row for row in rows}
 
@@ -89,8 +95,10 @@ def looks_of(case: Case, amg: AMG) -> AntiMemorization:
     """The guide after it has led the generation of the first prompt of a case, on all noises."""
     guide, images = amg.guide(case), len(case.noise)
     embeds = case.embeds[:1].expand(images, -1, -1)
-    options = {"steps": case.steps, "guidance_scale": case.guidance_scale, "guide": guide}
-    for _ in generate(case.pipe, embeds, case.pipe.embed([""]), case.noise, **options):
+    empty = case.pipe.embed([""])
+    for _ in generate(
+        case.pipe, embeds, empty, case.noise, steps=case.steps, guidance_scale=case.guidance_scale, guide=guide
+    ):
         pass
     return guide
 
@@ -125,8 +133,7 @@ def main(arguments: Arguments = None) -> None:
     add("--rows", default="all", metavar="A,B|all", help="besides plain sampling; others may be added later")
     args = parser.parse_args(arguments)
     bench = Bench(args, "amg")
-    every = rows_of(bench)
-    with bench.compared(chosen_rows(every, args.rows)) as comparison:
+    with bench.compared(chosen_rows(rows_of(bench), args.rows)) as comparison:
         if args.ablated:
             fill_ablated(comparison, bench, args.ablated)
         shown = [name for name in SHOWN if name in comparison.rows]
@@ -134,7 +141,7 @@ def main(arguments: Arguments = None) -> None:
     table = write_report(bench.out, args.resamples, bench.title).set_index("row", drop=False)
     for chosen in ((PLAIN, ABLATION, *PERTURBATIONS, MAIN, STRONG), (PLAIN, *GUIDANCES, MAIN, *gates("nl2"))):
         print_table(table.loc[[name for name in chosen if name in table.index]])
-    draw_trajectory(bench.first_case(), every[MAIN].mitigation, bench.out / "trajectory.png")
+    draw_trajectory(bench.first_case(), preset_of(bench), bench.out / "trajectory.png")
     print(f"{bench.out}/table.csv, tradeoff.png, sheet.png, trajectory.png")
 
 

@@ -69,8 +69,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, study: str, measures: Mapping[str, Measure] | None = None) -> None:
         self.args, self.subject = args, open_subject(args, study, pictures=True)
         self.spec, self.out = self.subject.spec, self.subject.out
-        listed = args.prompts or self.spec.own_list()
-        frame = self.subject.frame.assign(picture=picture_files(self.subject.frame, listed))
+        listed, frame = self.subject.listed, self.subject.frame
+        frame = frame.assign(picture=picture_files(frame, listed))
         frame = chosen_prompts(frame, args.memorized, args.ordinary)
         if not 0 < (frame["label"] == 1).sum() < len(frame):
             raise InputError(f"{listed}: no memorized prompt with a training picture, or no other prompt, was chosen")

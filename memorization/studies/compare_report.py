@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +25,7 @@ LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4)}
 SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigation
 
 
-def copy_limits(own: Mapping[str, float]) -> dict[str, float]:
+def copy_limits(own: Mapping[Any, float]) -> dict[str, float]:
     """Measure of nearness -> the value at which copies are counted: the model's ``own``, else the field's."""
     return {**{measure: limits[0] for measure, limits in LIMITS.items()}, **own}
 
@@ -59,42 +60,52 @@ def table_of(
         that begin with ``ordinary``, of the others; ``seconds`` for the remedy, an item.
     """
     plain, found = lines[lines["row"] == PLAIN], []
-    for name, own in lines.groupby("row", sort=False):
-        row = {"row": name, "method": own["method"].iloc[0], "strength": own["strength"].iloc[0]}
+    for name in lines["row"].unique():
+        own = lines[lines["row"] == name]
         memorized, ordinary = (own[own["label"] == label] for label in (1, 0))
-        row |= _copying(memorized, limits, resamples)
-        row |= {"Frechet": frechet[name]} if frechet and name in frechet else {}
-        row |= _others(memorized)
-        row |= _ordinary(ordinary, plain[plain["label"] == 0])
-        found.append(row | _effort(memorized))
+        measured = measures_of(memorized)
+        row = {"row": name, "method": own["method"].iloc[0], "strength": own["strength"].iloc[0]}
+        row |= _with_intervals(measured, limits, family_resamples(memorized["family"].to_numpy(), resamples))
+        row |= _nearest(measured)
+        if frechet and name in frechet:
+            row["Frechet"] = frechet[name]
+        row |= {name: values.mean() for name, values in measured.items() if name not in (*NEARNESS, "clip")}
+        found.append(row | _ordinary(ordinary, plain[plain["label"] == 0]) | _effort(memorized))
     return pd.DataFrame(found).dropna(axis=1, how="all")
 
 
-def values_of(lines: pd.DataFrame, measure: str) -> np.ndarray | None:
-    """``(items, noises)`` of a measure, None where it was not measured for all of them."""
-    if measure not in lines or lines.empty or lines[measure].isna().any():
-        return None
-    return np.array(lines[measure].tolist(), dtype=float)
+def measures_of(lines: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The judge's values by measure, ``(items, noises)``: nearness first, only those that all lines have."""
+    names = [name for name in lines if len(lines) and lines[name].map(lambda value: isinstance(value, list)).all()]
+    ordered = [*(name for name in NEARNESS if name in names), *(name for name in names if name not in NEARNESS)]
+    return {str(name): np.array(lines[name].tolist(), dtype=float) for name in ordered}
 
 
-def _copying(lines: pd.DataFrame, limits: Mapping[str, float], resamples: int) -> dict[str, float]:
-    """Shares of copies and how near the nearest pictures are; the CLIP score, which pays for it, beside them."""
-    weights = family_resamples(lines["family"].to_numpy(), resamples)
-    measured = {name: values for name in NEARNESS if (values := values_of(lines, name)) is not None}
-    row, more = {}, {}
-    for name, values in measured.items():
-        if name in limits:
-            column = f"copies by {name}" if row else "copies"
-            row |= _with_interval(column, is_copy(name, values, limits[name]).mean(1), weights)
-    for name, values in measured.items():
-        low = name in LOWER_IS_NEARER
+def _with_intervals(
+    measured: Mapping[str, np.ndarray], limits: Mapping[str, float], weights: np.ndarray
+) -> dict[str, float]:
+    """Shares of copies, and the CLIP score, which pays for fewer of them."""
+    columns = {}
+    for name in (name for name in NEARNESS if name in measured and name in limits):
+        columns[f"copies by {name}" if columns else "copies"] = is_copy(name, measured[name], limits[name])
+    if "clip" in measured:
+        columns["clip"] = measured["clip"]
+    row = {}
+    for name, values in columns.items():
+        row[name], row[f"{name} low"], row[f"{name} high"] = resampled_mean(values.mean(1), weights)
+    return row
+
+
+def _nearest(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """By each measure of nearness: shares beyond the field's limits, the nearest 5%, the nearest."""
+    row = {}
+    for name in (name for name in NEARNESS if name in measured):
+        values, low = measured[name], name in LOWER_IS_NEARER
         for limit in LIMITS.get(name, ()):
-            more[f"{name} {'<' if low else '>'} {short(limit)}"] = is_copy(name, values, limit).mean()
-        more[f"{name} 5%" if low else f"{name} top 5%"] = np.quantile(values, 0.05 if low else 0.95)
-        more[f"{name} lowest" if low else f"{name} highest"] = values.min() if low else values.max()
-    if (clip := values_of(lines, "clip")) is not None:
-        row |= _with_interval("clip", clip.mean(1), weights)
-    return row | more
+            row[f"{name} {'<' if low else '>'} {short(limit)}"] = is_copy(name, values, limit).mean()
+        row[f"{name} 5%" if low else f"{name} top 5%"] = np.quantile(values, 0.05 if low else 0.95)
+        row[f"{name} lowest" if low else f"{name} highest"] = values.min() if low else values.max()
+    return row
 
 
 def short(limit: float) -> str:
@@ -102,29 +113,15 @@ def short(limit: float) -> str:
     return f"{limit:g}".removeprefix("0")
 
 
-def _with_interval(name: str, values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    return dict(zip((name, f"{name} low", f"{name} high"), resampled_mean(values, weights), strict=True))
-
-
-def other_measures(lines: pd.DataFrame) -> list[str]:
-    """Measures that the judge was given from outside."""
-    lists = [name for name in lines if len(lines) and isinstance(lines[name].iloc[0], list)]
-    return [name for name in lists if name not in (*NEARNESS, "clip")]
-
-
-def _others(lines: pd.DataFrame) -> dict[str, float]:
-    return {name: values_of(lines, name).mean() for name in other_measures(lines)}
-
-
 def _ordinary(lines: pd.DataFrame, plain: pd.DataFrame) -> dict[str, float]:
     """What a row does to items that need no mitigation, against plain sampling."""
     if lines.empty:
         return {}
-    row = {}
-    for name in ("clip", *other_measures(lines)):
-        if (values := values_of(lines, name)) is not None:
-            row |= {f"ordinary: {name}": values.mean(),
-                    f"ordinary: {name} change": (values - values_of(plain, name)).mean()}  # fmt: skip
+    row, before = {}, measures_of(plain)
+    for name, values in measures_of(lines).items():
+        if name not in NEARNESS:
+            row[f"ordinary: {name}"] = values.mean()
+            row[f"ordinary: {name} change"] = (values - before[name]).mean()
     return row | {"ordinary: picture change": lines["moved"].mean()}
 
 
@@ -137,8 +134,8 @@ def _effort(lines: pd.DataFrame) -> dict[str, float]:
 
 def resampled_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
     """Mean of ``values (rows,)`` and its 95% interval by bootstrap ``weights (b, rows)``."""
-    means = weights @ values / weights.sum(1)
-    return float(values.mean()), *(float(q) for q in np.percentile(means, [2.5, 97.5]))
+    low, high = np.percentile(weights @ values / weights.sum(1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
 
 
 def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
@@ -185,15 +182,13 @@ def draw_curve(table: pd.DataFrame, path: Path, title: str) -> Path:
 
 def shown_pictures(plain: pd.DataFrame) -> list[tuple[int, int]]:
     """(item, noise) of each column of a sheet: the copies of plain sampling that are nearest, then ordinary items."""
-    measure = next((name for name in NEARNESS if values_of(plain, name) is not None), None)
     memorized, ordinary = (plain[plain["label"] == label] for label in (1, 0))
-    found = []
-    if measure:
-        values = values_of(memorized, measure) * (1 if measure in LOWER_IS_NEARER else -1)
-        nearest = pd.DataFrame({"item": memorized["item"], "noise": values.argmin(1), "value": values.min(1)})
-        nearest = nearest.sort_values("value").head(SHOWN[0])
-        found = list(zip(nearest["item"].tolist(), nearest["noise"].tolist(), strict=True))
-    return found + [(item, 0) for item in ordinary["item"].head(SHOWN[1])]
+    measured, found = measures_of(memorized), []
+    if measure := next((name for name in NEARNESS if name in measured), None):
+        distance = measured[measure] * (1 if measure in LOWER_IS_NEARER else -1)
+        order, items = distance.min(1).argsort(kind="stable")[: SHOWN[0]], memorized["item"].to_numpy()
+        found = [(int(items[i]), int(distance[i].argmin())) for i in order]
+    return found + [(int(item), 0) for item in ordinary["item"].head(SHOWN[1])]
 
 
 def draw_sheet(comparison: Comparison, rows: Sequence[str], items: Sequence[Item], judge: Judge, path: Path) -> Path:

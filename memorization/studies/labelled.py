@@ -25,10 +25,11 @@ from memorization.runs.store import ResultStore
 
 
 class Subject(NamedTuple):
-    """A model, a labelled list, and what the study's results depend on."""
+    """A model, a labelled list (its file, and the chosen rows), and what the study's results depend on."""
 
     spec: ModelSpec
     pipe: object
+    listed: Path
     frame: pd.DataFrame
     settings: dict
     out: Path
@@ -65,7 +66,7 @@ def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False
         "split": args.split, "seed": args.seed, "dtype": model.dtype,
     }  # fmt: skip
     out = args.out or ROOT / "results" / "studies" / study / f"{spec.name}-{args.split}"
-    return Subject(spec, model.pipe, frame, settings, out)
+    return Subject(spec, model.pipe, path, frame, settings, out)
 
 
 def scored(
