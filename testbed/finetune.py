@@ -37,7 +37,8 @@ from memorization.models.generation import generate as generate_latents
 from memorization.models.loading import load_pipeline
 from memorization.models.spec import ModelSpec, find_model
 from memorization.paths import ROOT
-from memorization.similarity.judge import is_copy, make_judge
+from memorization.similarity.clip import Clip
+from memorization.similarity.judge import Judge, TrainingPictures, is_copy
 from testbed import data
 from testbed.fit import fit
 from testbed.train import (
@@ -206,7 +207,8 @@ def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> tupl
     spec = find_model("testbed-eps")
     pipe = load(folder, pictures=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    judge = make_judge(pipe, [ROOT / image for image in pictures], spec.clip)
+    known = TrainingPictures.read([ROOT / image for image in pictures], (64, 64))
+    judge = Judge(known, Clip(spec.clip))
     found, first = [], []
     for start in tqdm(range(0, len(listed), CAPTIONS_AT_ONCE), desc=f"verify {folder.parent.name}/{folder.name}"):
         batch = listed.iloc[start : start + CAPTIONS_AT_ONCE]
