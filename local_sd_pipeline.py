@@ -1,8 +1,9 @@
 """Stable Diffusion with its noise predictions laid open.
 
 ``LocalStableDiffusionPipeline`` is diffusers' ``StableDiffusionPipeline`` with four more methods: embed prompts, draw
-seeded pure noise, predict noise, and trace a batch of prompts. What it saves, plain diffusers loads. This file needs torch and diffusers alone, so it also
-works as ``DiffusionPipeline.from_pretrained(model, custom_pipeline="local_sd_pipeline.py", trust_remote_code=True)``.
+seeded pure noise, predict noise, and trace a batch of prompts. What it saves, plain diffusers loads. This file needs
+torch and diffusers alone, so it also works as ``DiffusionPipeline.from_pretrained(model,
+custom_pipeline="local_sd_pipeline.py", trust_remote_code=True)``.
 """
 
 import json

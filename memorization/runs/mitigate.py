@@ -165,8 +165,10 @@ class Mitigating(Checked):
     threshold: float | Literal["auto"] | None = "auto"
     limit: Count | None = None
 
-    def calibrated(self, name: str, mitigation: Mitigation, calibration: Calibration) -> Mitigating:
-        """The same with the number of noises and the threshold that the calibration gives.
+    def calibrated(
+        self, name: str, mitigation: Mitigation, calibration: Calibration
+    ) -> tuple[int, float | None, float | None]:
+        """(noises, threshold or None, score to reach or None) that the calibration gives.
 
         Args:
             name: of the model, as it was asked for.
@@ -175,17 +177,16 @@ class Mitigating(Checked):
             InputError: what is needed of the calibration is not there, or holds for something else.
         """
         noises = self.noises or calibration.holds_for.get("num_images", NOISES)
-        threshold = self.threshold
-        if threshold == "auto":
+        threshold = None if self.threshold == "auto" else self.threshold
+        if self.threshold == "auto":
             if SCORED_BY not in calibration.thresholds:
                 raise InputError("no calibrated threshold: give --calibration FILE (by detect_eval.py --calibrate), "
                                  "--threshold X or --all")  # fmt: skip
             threshold = calibration.thresholds[SCORED_BY]
-        if mitigation.needs_level:
-            mitigation.bound(calibration.levels)
+        level = mitigation.bound(calibration.levels) if mitigation.needs_level else None
         if mitigation.needs_level or self.threshold == "auto":
             calibration.check({"model": name, "num_images": noises})
-        return replace(self, noises=noises, threshold=threshold)
+        return noises, threshold, level
 
 
 def configured_mitigation(
@@ -284,29 +285,28 @@ def mitigate_list(
             suffice, or a number is not finite.
     """
     pipe, spec = model.pipe, model.spec
-    plan = plan.calibrated(model.name, mitigation, calibration)
+    noises, threshold, level = plan.calibrated(model.name, mitigation, calibration)
     if model.dtype == "float16" and mitigation.lowers:
         raise InputError(f"{mitigation.name}: gradients are lost in float16; give --dtype float32 or bfloat16")
     if pipe.device.type == "cuda":
         pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
     cases = Cases(
-        pipe, pipe.pure_noise(plan.noises, plan.seed), plan.steps,
+        pipe, pipe.pure_noise(noises, plan.seed), plan.steps,
         spec.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
         plan.seed, plan.batch_size or default_batch_size(pipe), scoring_detectors([mitigation], spec, calibration),
         calibration.levels, calibration.holds_for.get("steps", 50),
     )  # fmt: skip
     frame = prompts.frame
-    if plan.threshold is not None:
-        frame = frame[flagged(cases, frame["prompt"].tolist(), plan.threshold)].reset_index(drop=True)
+    if threshold is not None:
+        frame = frame[flagged(cases, frame["prompt"].tolist(), threshold)].reset_index(drop=True)
     frame = frame[: plan.limit]
     if frame.empty:
         return Mitigated([], frame, None, len(cases.noise))
     judge = make_judge(pipe, prompts.known, spec.clip if clip is None else clip, sscd)
     settings = {
         "model": model.name, "revision": revision_of(pipe), "method": mitigation.name, **mitigation.record(),
-        "level": mitigation.bound(calibration.levels) if mitigation.needs_level else None,
-        "threshold": plan.threshold,
-        "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": plan.noises,
+        "level": level, "threshold": threshold,
+        "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": noises,
         "seed": plan.seed, "steps": plan.steps, "grid_steps": cases.grid_steps,
         "guidance_scale": cases.guidance_scale, "dtype": model.dtype, "batch_size": cases.batch_size,
         SCORED_BY: vars(cases.detectors[SCORED_BY]), "judge": judge.description,

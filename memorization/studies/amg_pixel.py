@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -43,10 +44,10 @@ AT_ONCE = 32
 LIMITS = {"nl2": 1.0, "clip_image": 0.9}  # of a copy, on the shipped models; nl2 by eye
 
 
-def rows_of(amg: dict, measure: str) -> list[Row]:
-    """The rows of the table, with further settings of AMG."""
-    changed = {MAIN: {}, STRONG: {"strength": 1.13}, **gates(measure)}
-    return [Row(PLAIN, PLAIN), *(Row(name, name, AMG(**{**amg, **own})) for name, own in changed.items())]
+def rows_of(amg: AMG) -> list[Row]:
+    """The rows of the table, by AMG and what is changed of it."""
+    changed = {MAIN: {}, STRONG: {"strength": 1.13}, **gates(amg.nearest().measure)}
+    return [Row(PLAIN, PLAIN), *(Row(name, name, replace(amg, **own)) for name, own in changed.items())]
 
 
 def labels_of(index: Index, count: int) -> torch.Tensor:
@@ -56,9 +57,11 @@ def labels_of(index: Index, count: int) -> torch.Tensor:
     return torch.tensor([classes.index(index.captions[i]) for i in drawn])
 
 
-def batches(pipe: DDPMPipeline, args: argparse.Namespace, labels: torch.Tensor | None, judge: Judge, amg: AMG | None
-            ) -> Sequence[Batch]:  # fmt: skip
+def batches(
+    pipe: DDPMPipeline, args: argparse.Namespace, labels: torch.Tensor | None, judge: Judge, row: Row
+) -> Sequence[Batch]:
     """What makes the pictures of a row; an item is a picture."""
+    amg = row.mitigation if isinstance(row.mitigation, AMG) else None
 
     def make(numbers: range) -> list[Made]:
         started = time.perf_counter()
@@ -99,9 +102,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
 
 def main(arguments: Arguments = None) -> None:
     args = parse(arguments)
-    amg = {"index": str(args.index), "preset": args.preset}
-    nearest, device = AMG(**amg).nearest(), pick_device(args.device)
-    index, pipe, clip = nearest.index, load_pixel_model(args.model, device), Clip(args.clip, device)
+    amg, device = AMG(index=str(args.index), preset=args.preset), pick_device(args.device)
+    index, pipe, clip = amg.nearest().index, load_pixel_model(args.model, device), Clip(args.clip, device)
     classes, known = pipe.unet.config.num_class_embeds, len(set(index.captions))
     if classes and known > classes:
         raise InputError(f"{args.index}: its captions are the classes; there are {known}, the model has {classes}")
@@ -112,13 +114,13 @@ def main(arguments: Arguments = None) -> None:
         "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
         "revision": revision_of(pipe), "judge": judge.description, "index": index.digest,
     }  # fmt: skip
-    labels, rows = labels_of(index, args.count) if classes else None, rows_of(amg, nearest.measure)
+    labels, rows = labels_of(index, args.count) if classes else None, rows_of(amg)
     with ResultStore(out, settings, {}) as store:
         store.record["copy_limits"] = copy_limits(LIMITS)
         comparison = Comparison(store, Reference(seen.pictures(seen.size or (side, side)), clip))
         for row in rows:
-            comparison.fill(row, batches(pipe, args, labels, judge, row.mitigation))
-        items = [item for batch in batches(pipe, args, labels, judge, None) for item in batch.items]
+            comparison.fill(row, batches(pipe, args, labels, judge, row))
+        items = [item for batch in batches(pipe, args, labels, judge, rows[0]) for item in batch.items]
         draw_sheet(comparison, [row.name for row in rows[1:]], items, judge, out / "sheet.png")
     print_table(write_report(out, args.resamples, settings["model"]).drop(columns=["method"]))
     print(f"{out}/table.csv, sheet.png")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import Detector
 from memorization.errors import InputError
 from memorization.flags import add_flags
@@ -28,7 +29,7 @@ class Subject(NamedTuple):
     """A model, a labelled list (its file, and the chosen rows), and what the study's results depend on."""
 
     spec: ModelSpec
-    pipe: object
+    pipe: LocalStableDiffusionPipeline
     listed: Path
     frame: pd.DataFrame
     settings: dict
