@@ -7,8 +7,10 @@ from conftest import GOLDEN
 
 from memorization.errors import InputError
 from memorization.io.files import read_json
+from memorization.io.pictures import read_picture
 from memorization.mitigations.gni import EmbeddingNoise
 from memorization.runs.store import ResultStore
+from memorization.similarity import judge
 from memorization.similarity.judge import Judge, TrainingPictures
 from memorization.studies import mitigation_tradeoff
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
@@ -115,6 +117,29 @@ def test_the_table_says_what_the_lines_say():
 
 def test_copies_are_counted_by_the_models_limits_or_the_fields():
     assert copy_limits({"nl2": 1.2}) == {"nl2": 1.2, "sscd": 0.5}
+    assert list(copy_limits({"nl2_object": 1.0})) == ["nl2_object", "nl2", "sscd"]
+
+
+def test_a_measure_from_outside_may_decide_what_is_a_copy():
+    lines = pd.DataFrame([lines_of(PLAIN, [2.0, 2.0], 1, nl2_object=[0.5, 1.5])])
+    row = table_of(lines, {"nl2_object": 1.0, "nl2": 2.5}, 10).iloc[0]
+    assert row["copies"] == 0.5 and row["copies by nl2"] == 1 and row["nl2_object"] == 1
+
+
+def test_a_comparison_takes_measures_from_outside(tmp_path, monkeypatch):
+    def brightness(pictures, prompt):
+        return pictures.mean((1, 2, 3)) / 255
+
+    monkeypatch.setattr(judge, "find_weights", lambda: None)
+    command = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--noises", 1, "--methods",
+               "cwr", "--resamples", 10, "--out", tmp_path)  # fmt: skip
+    mitigation_tradeoff.main(list(map(str, command)), {"brightness": brightness})
+    lines, run = read_comparison(tmp_path)
+    pictures = read_picture(tmp_path / "cwr 1" / "0000-0.png", None)
+    line = lines[(lines["row"] == "cwr 1") & (lines["item"] == 0)].iloc[0]
+    assert line["brightness"] == pytest.approx([pictures.mean() / 255], abs=1e-4)
+    assert run["settings"]["judge"]["others"] == ["brightness"]
+    assert "ordinary: brightness change" in pd.read_csv(tmp_path / "table.csv")
 
 
 def test_columns_of_the_sheet_are_the_nearest_copies():

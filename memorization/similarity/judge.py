@@ -7,7 +7,8 @@ labels of a verified list are measured:
     sscd        cosine of SSCD features (sscd.py)
     clip_image  cosine of CLIP features (clip.py)
 
-``clip`` is the CLIP score, the agreement with the prompt. Other measures may be added from outside: see ``Measure``.
+``clip`` is the CLIP score, the agreement with the prompt. Other measures may be added from outside, see ``Measure``; of
+those whose names begin with ``nl2`` lower is nearer.
 """
 
 from __future__ import annotations
@@ -27,15 +28,24 @@ from memorization.similarity.nl2 import NEIGHBOURS, l2, normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 
 NEARNESS = ("nl2", "sscd", "clip_image")
-LOWER_IS_NEARER = ("nl2",)
 
 # Pictures of one prompt on several noises, uint8 (n, h, w, 3), and the prompt, if there is one -> a value a picture.
 Measure = Callable[[np.ndarray, str | None], Sequence[float]]
 
 
+def is_distance(measure: str) -> bool:
+    """Whether lower values of a measure of nearness are nearer."""
+    return measure.startswith("nl2")
+
+
 def is_copy(measure: str, values: np.ndarray, limit: float) -> np.ndarray:
-    """Which ``values`` of one of ``NEARNESS`` lie on the near side of ``limit``."""
-    return values < limit if measure in LOWER_IS_NEARER else values > limit
+    """Which ``values`` of a measure of nearness lie on the near side of ``limit``."""
+    return values < limit if is_distance(measure) else values > limit
+
+
+def copies_title(measure: str, limit: float) -> str:
+    """What a table calls their share: ``nl2 < 1.4``, ``sscd > .5``."""
+    return f"{measure} {'<' if is_distance(measure) else '>'} {f'{limit:g}'.removeprefix('0')}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Judge:
             if prompt is not None:
                 values["clip"] = (features @ self.clip.prompts([prompt])[0]).tolist()
         for measure, table in self._tables(pictures, features).items():
-            nearest = table.amin(1) if measure in LOWER_IS_NEARER else table.amax(1)
+            nearest = table.amin(1) if is_distance(measure) else table.amax(1)
             values[measure] = (nearest if image is None else table[:, self._place[image]]).tolist()
         for name, measure in self.others.items():
             values[name] = measure(pictures, prompt)

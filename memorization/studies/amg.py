@@ -14,6 +14,7 @@ AMG lowers the nearness of its own index: read the other measures. A killed stud
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from memorization.mitigations.case import Case
 from memorization.models.generation import generate
 from memorization.models.loading import load_pipeline, revision_of
 from memorization.models.spec import find_model
+from memorization.similarity.judge import Measure
 from memorization.studies.compare import PLAIN, Comparison, Row
 from memorization.studies.compare_prompts import Bench, add_comparison_arguments
 from memorization.studies.compare_report import draw_sheet, print_table, write_report
@@ -125,14 +127,15 @@ def draw_trajectory(case: Case, amg: AMG, path: Path) -> None:
     save_figure(figure, path)
 
 
-def main(arguments: Arguments = None) -> None:
+def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = None) -> None:
+    """Compare; ``measures``: of the judge, beside its own."""
     parser = ArgumentParser(description=__doc__)
     add_comparison_arguments(parser, memorized=24)
     add = parser.add_argument
     add("--ablated", metavar="FOLDER", help="a model whose memorized prompts were ablated, for a row of its own")
     add("--rows", default="all", metavar="A,B|all", help="besides plain sampling; others may be added later")
     args = parser.parse_args(arguments)
-    bench = Bench(args, "amg")
+    bench = Bench(args, "amg", measures)
     with bench.compared(chosen_rows(rows_of(bench), args.rows)) as comparison:
         if args.ablated:
             fill_ablated(comparison, bench, args.ablated)

@@ -16,7 +16,7 @@ import pandas as pd
 from memorization.io.figures import draw_strips, save_figure
 from memorization.io.files import read_json, read_lines, write_atomically
 from memorization.io.tables import markdown
-from memorization.similarity.judge import LOWER_IS_NEARER, NEARNESS, Judge, is_copy
+from memorization.similarity.judge import NEARNESS, Judge, copies_title, is_copy, is_distance
 from memorization.studies.compare import PLAIN, Comparison, Item
 
 # Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4 (Chen et al., CVPR 2024), above SSCD .5 (Pizzi
@@ -26,8 +26,8 @@ SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigati
 
 
 def copy_limits(own: Mapping[Any, float]) -> dict[str, float]:
-    """Measure of nearness -> the value at which copies are counted: the model's ``own``, else the field's."""
-    return {**{measure: limits[0] for measure, limits in LIMITS.items()}, **own}
+    """Measure of nearness -> the value at which copies are counted: the model's ``own`` first, then the field's."""
+    return {**own, **{measure: limits[0] for measure, limits in LIMITS.items() if measure not in own}}
 
 
 def read_comparison(folder: Path) -> tuple[pd.DataFrame, dict]:
@@ -69,7 +69,7 @@ def table_of(
         row |= _nearest(measured)
         if frechet and name in frechet:
             row["Frechet"] = frechet[name]
-        row |= {name: values.mean() for name, values in measured.items() if name not in (*NEARNESS, "clip")}
+        row |= {name: measured[name].mean() for name in measured if name not in (*NEARNESS, "clip")}
         found.append(row | _ordinary(ordinary, plain[plain["label"] == 0]) | _effort(memorized))
     return pd.DataFrame(found).dropna(axis=1, how="all")
 
@@ -86,7 +86,7 @@ def _with_intervals(
 ) -> dict[str, float]:
     """Shares of copies, and the CLIP score, which pays for fewer of them."""
     columns = {}
-    for name in (name for name in NEARNESS if name in measured and name in limits):
+    for name in (name for name in limits if name in measured):
         columns[f"copies by {name}" if columns else "copies"] = is_copy(name, measured[name], limits[name])
     if "clip" in measured:
         columns["clip"] = measured["clip"]
@@ -100,17 +100,12 @@ def _nearest(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
     """By each measure of nearness: shares beyond the field's limits, the nearest 5%, the nearest."""
     row = {}
     for name in (name for name in NEARNESS if name in measured):
-        values, low = measured[name], name in LOWER_IS_NEARER
+        values, low = measured[name], is_distance(name)
         for limit in LIMITS.get(name, ()):
-            row[f"{name} {'<' if low else '>'} {short(limit)}"] = is_copy(name, values, limit).mean()
+            row[copies_title(name, limit)] = is_copy(name, values, limit).mean()
         row[f"{name} 5%" if low else f"{name} top 5%"] = np.quantile(values, 0.05 if low else 0.95)
         row[f"{name} lowest" if low else f"{name} highest"] = values.min() if low else values.max()
     return row
-
-
-def short(limit: float) -> str:
-    """A limit as tables write it: ``1.4``, ``.5``."""
-    return f"{limit:g}".removeprefix("0")
 
 
 def _ordinary(lines: pd.DataFrame, plain: pd.DataFrame) -> dict[str, float]:
@@ -185,7 +180,7 @@ def shown_pictures(plain: pd.DataFrame) -> list[tuple[int, int]]:
     memorized, ordinary = (plain[plain["label"] == label] for label in (1, 0))
     measured, found = measures_of(memorized), []
     if measure := next((name for name in NEARNESS if name in measured), None):
-        distance = measured[measure] * (1 if measure in LOWER_IS_NEARER else -1)
+        distance = measured[measure] * (1 if is_distance(measure) else -1)
         order, items = distance.min(1).argsort(kind="stable")[: SHOWN[0]], memorized["item"].to_numpy()
         found = [(int(items[i]), int(distance[i].argmin())) for i in order]
     return found + [(int(item), 0) for item in ordinary["item"].head(SHOWN[1])]

@@ -7,13 +7,17 @@ Intervals resample families. A killed study goes on where it stopped, and other 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memorization.flags import ArgumentParser, Arguments, names, run_script
 from memorization.mitigations.base import MITIGATIONS, make_mitigation
+from memorization.similarity.judge import Measure
 from memorization.studies.compare_prompts import Bench, add_comparison_arguments
 from memorization.studies.compare_report import at_equal_alignment, draw_sheet, print_table, write_report
 
 
-def main(arguments: Arguments = None) -> None:
+def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = None) -> None:
+    """Compare; ``measures``: of the judge, beside its own."""
     parser = ArgumentParser(description=__doc__)
     add_comparison_arguments(parser, memorized=16)
     parser.add_argument(
@@ -22,7 +26,7 @@ def main(arguments: Arguments = None) -> None:
     args = parser.parse_args(arguments)
     methods = list(MITIGATIONS) if args.methods == "all" else names(args.methods)
     defaults = {name: make_mitigation(name) for name in methods}
-    bench = Bench(args, "mitigation_tradeoff")
+    bench = Bench(args, "mitigation_tradeoff", measures)
     rows = [bench.row(name, {"strength": strength}, f"{name} {strength:g}")
             for name, default in defaults.items() for strength in default.strengths]  # fmt: skip
     with bench.compared(rows) as comparison:
