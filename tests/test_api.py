@@ -60,6 +60,15 @@ def test_mitigation_gives_pictures_and_tensors(model, tmp_path, monkeypatch):
     assert (kept.after == result.after).all() and (tmp_path / "run" / "images").is_dir()
 
 
+def test_a_yaml_file_of_ones_own(model, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"ids: ['{GOLDEN / 'tiny-eps'}']\ndtype: float32\nsettings: {{detectors: {{anisotropy: {{norm_weight: 3}}}}}}\n"
+    )
+    mine, plain = (mem.score(m, ["a kite"], detectors=["anisotropy"]) for m in (mem.load(path, device="cpu"), model))
+    assert mine["norm"].tolist() == plain["norm"].tolist() and mine["anisotropy"][0] != plain["anisotropy"][0]
+
+
 def test_what_makes_no_sense_is_said(model):
     for call, said in (
         (lambda: mem.load("no-such-model"), "no-such-model"),

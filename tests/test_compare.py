@@ -11,11 +11,10 @@ from memorization.io.pictures import read_picture
 from memorization.mitigations.gni import EmbeddingNoise
 from memorization.runs.store import ResultStore
 from memorization.similarity import judge
-from memorization.similarity.judge import Judge, TrainingPictures
+from memorization.similarity.judge import Judge, TrainingPictures, copy_limits
 from memorization.studies import mitigation_tradeoff
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
 from memorization.studies.compare_report import (
-    copy_limits,
     draw_sheet,
     read_comparison,
     shown_pictures,
@@ -50,8 +49,7 @@ def store(folder):
 
 def fill(folder, *rows):
     with store(folder) as opened:
-        opened.record["copy_limits"] = {"nl2": 1.5}
-        comparison = Comparison(opened)
+        comparison = Comparison(opened, {"nl2": 1.5})
         for row, maker in rows:
             comparison.fill(row, maker.batches())
 
@@ -86,6 +84,20 @@ def test_a_killed_comparison_goes_on_to_the_same(tmp_path):
     again = Maker(120)
     fill(tmp_path / "killed", rows[0], (rows[1][0], again))
     assert again.made == [0, 1] and log.read_bytes() == (tmp_path / "whole" / "scores.jsonl").read_bytes()
+
+
+def test_what_is_run_is_written_down_before_it_is_made_and_then_left(tmp_path):
+    row = Row("gni 1", "gni", EmbeddingNoise(1.0))
+    with store(tmp_path) as opened:
+        comparison = Comparison(opened, {"nl2": 1.5})
+        comparison.fill(Row(PLAIN, PLAIN), Maker(100).batches())
+        with pytest.raises(KeyboardInterrupt):
+            comparison.fill(row, Maker(120, killed_at=0).batches())
+        assert read_json(tmp_path / "run.json")["rows"]["gni 1"] == row.record()  # though nothing has been closed
+    fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)), (row, Maker(120)))
+    finished = (tmp_path / "run.json").read_bytes()
+    fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)), (row, Maker(120)))
+    assert (tmp_path / "run.json").read_bytes() == finished
 
 
 def lines_of(row, nl2, label, **more):
@@ -152,7 +164,7 @@ def test_the_sheet_has_a_strip_a_row(tmp_path):
     fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)), (Row("gni 1", "gni", EmbeddingNoise(1.0)), Maker(120)))
     known = TrainingPictures(np.stack([np.full((8, 8, 3), grey, np.uint8) for grey in (0, 90, 200)]))
     with store(tmp_path) as opened:
-        path = draw_sheet(Comparison(opened), ["gni 1"], ITEMS, Judge(known), tmp_path / "sheet.png")
+        path = draw_sheet(Comparison(opened, {}), ["gni 1"], ITEMS, Judge(known), tmp_path / "sheet.png")
     assert path.stat().st_size > 1000
 
 

@@ -73,7 +73,8 @@ def main(arguments: Arguments = None) -> None:
     from memorization.models.loading import load_model
     from memorization.models.spec import find_model
     from memorization.paths import default_out
-    from memorization.runs.mitigate import Mitigating, configured_mitigation, contact_sheet, mitigate_list, prompts_of
+    from memorization.runs.kept import contact_sheet
+    from memorization.runs.mitigate import Mitigating, configured_mitigation, mitigate_list, prompts_of
 
     spec = find_model(args.model)
     mitigation = configured_mitigation(args.method, args.settings, spec, args.index)

@@ -28,6 +28,9 @@ from memorization.similarity.nl2 import NEIGHBOURS, l2, normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 
 NEARNESS = ("nl2", "sscd", "clip_image")
+# Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4 (Chen et al., CVPR 2024), above SSCD .5 (Pizzi
+# et al., CVPR 2022). The first of each holds for a model that has no limit of its own.
+FIELD_LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4)}
 
 # Pictures of one prompt on several noises, uint8 (n, h, w, 3), and the prompt, if there is one -> a value a picture.
 Measure = Callable[[np.ndarray, str | None], Sequence[float]]
@@ -41,6 +44,11 @@ def is_distance(measure: str) -> bool:
 def is_copy(measure: str, values: np.ndarray, limit: float) -> np.ndarray:
     """Which ``values`` of a measure of nearness lie on the near side of ``limit``."""
     return values < limit if is_distance(measure) else values > limit
+
+
+def copy_limits(own: Mapping[str, float]) -> dict[str, float]:
+    """Measure of nearness -> the value at which copies are counted: the model's ``own`` first, then the field's."""
+    return {**own, **{measure: limits[0] for measure, limits in FIELD_LIMITS.items() if measure not in own}}
 
 
 def copies_title(measure: str, limit: float) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEIGHBOURS, ALPHA = 50, 0.5
+NEIGHBOURS, ALPHA = 50, 0.5  # k and alpha
 CHUNK = 2**24  # numbers of the training pictures that are in double precision at once
 
 
@@ -30,7 +30,7 @@ def l2(pictures: Tensor, training: Tensor) -> Tensor:
 def normalized_l2(pictures: Tensor, training: Tensor, k: int = NEIGHBOURS, alpha: float = ALPHA) -> Tensor:
     """nL2 of every picture to every training picture, ``(pictures, training)``, at least 0."""
     distance = l2(pictures, training)
-    return _normalized(distance, distance.topk(min(k, len(training)), largest=False).values, alpha)
+    return normalized(distance, distance.topk(min(k, len(training)), largest=False).values, alpha)
 
 
 def normalized_l2_to_nearest(pictures: Tensor, neighbours: Tensor, alpha: float = ALPHA) -> Tensor:
@@ -40,8 +40,9 @@ def normalized_l2_to_nearest(pictures: Tensor, neighbours: Tensor, alpha: float 
     """
     square = (pictures[:, None] - neighbours).square().mean(2)
     distance = square.clamp_min(1e-12).sqrt() / 2  # a root has no gradient at 0
-    return _normalized(distance[:, :1], distance, alpha)[:, 0]
+    return normalized(distance[:, :1], distance, alpha)[:, 0]
 
 
-def _normalized(distance: Tensor, nearest: Tensor, alpha: float) -> Tensor:
+def normalized(distance: Tensor, nearest: Tensor, alpha: float = ALPHA) -> Tensor:
+    """The formula: ``distance (n, m)`` by ``alpha`` times the mean of the distances ``nearest (n, k)``."""
     return distance / (alpha * nearest.mean(dim=1, keepdim=True)).clamp_min(1e-12)

@@ -35,10 +35,10 @@ from memorization.runs.store import ResultStore
 from memorization.settings import Bounds
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import Reference
-from memorization.similarity.judge import Judge, TrainingPictures
+from memorization.similarity.judge import Judge, TrainingPictures, copy_limits
 from memorization.studies.amg import MAIN, STRONG, gates
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
-from memorization.studies.compare_report import copy_limits, draw_sheet, print_table, write_report
+from memorization.studies.compare_report import draw_sheet, print_table, write_report
 
 AT_ONCE = 32
 LIMITS = {"nl2": 1.0, "clip_image": 0.9}  # of a copy, on the shipped models; nl2 by eye
@@ -116,8 +116,8 @@ def main(arguments: Arguments = None) -> None:
     }  # fmt: skip
     labels, rows = labels_of(index, args.count) if classes else None, rows_of(amg)
     with ResultStore(out, settings, {}) as store:
-        store.record["copy_limits"] = copy_limits(LIMITS)
-        comparison = Comparison(store, Reference(seen.pictures(seen.size or (side, side)), clip))
+        reference = Reference(seen.pictures(seen.size or (side, side)), clip)
+        comparison = Comparison(store, copy_limits(LIMITS), reference)
         for row in rows:
             comparison.fill(row, batches(pipe, args, labels, judge, row))
         items = [item for batch in batches(pipe, args, labels, judge, rows[0]) for item in batch.items]

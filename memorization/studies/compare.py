@@ -9,7 +9,7 @@ of each row in ``scores.jsonl``, with a value a picture under each of the judge'
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,12 +87,14 @@ class Comparison:
     """The rows of a comparison in the folder of ``store``.
 
     Args:
+        limits: measure of nearness -> the value at which its table counts copies.
         reference: of the Frechet distance of each row's pictures of items with label 1; None to leave it out.
     """
 
-    def __init__(self, store: ResultStore, reference: Reference | None = None) -> None:
+    def __init__(self, store: ResultStore, limits: Mapping[str, float], reference: Reference | None = None) -> None:
         self.store, self.reference = store, reference
         self.rows: dict[str, dict] = store.record.setdefault("rows", {})
+        self._note(store.record, "copy_limits", dict(limits))
 
     def lines(self, row: str) -> list[dict]:
         """Those of a row, in the order of its items."""
@@ -112,18 +114,24 @@ class Comparison:
             if not have.issuperset(numbers):
                 self._add(row, numbers, batch, have)
         if self.reference and "frechet" not in self.rows[row.name]:
-            self._start()
-            shown = np.concatenate([self.pictures(row.name, line["item"]) for line in self.lines(row.name)
-                                    if line["label"] == 1])  # fmt: skip
-            self.rows[row.name]["frechet"] = round(self.reference.distance(shown), 4)
-            self.store.save("running")
+            items = [line["item"] for line in self.lines(row.name) if line["label"] == 1]
+            distance = self.reference.distance(np.concatenate([self.pictures(row.name, item) for item in items]))
+            self._note(self.rows[row.name], "frechet", round(distance, 4))
 
     def _register(self, row: Row) -> None:
         """Write down what the row is, or see that it is what was written."""
-        wanted = json.loads(json.dumps(row.record()))
-        known = self.rows.setdefault(row.name, wanted)
-        if {key: known.get(key) for key in wanted} != wanted:
+        wanted, known = json.loads(json.dumps(row.record())), self.rows.get(row.name)
+        if known is None:
+            self._note(self.rows, row.name, wanted)
+        elif {key: known.get(key) for key in wanted} != wanted:
             raise InputError(f"{self.store.folder}: holds a row {row.name!r} of other settings; choose another --out")
+
+    def _note(self, where: dict, key: str, value: object) -> None:
+        """Put something into ``run.json`` at once, so that no line is without it; a finished run is left as it is."""
+        if where.get(key) != value:
+            where[key] = value
+            self._start()
+            self.store.save("running")
 
     def _start(self) -> None:
         if not self.store.started:

@@ -22,13 +22,13 @@ from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.memory import default_batch_size
-from memorization.runs.mitigate import NOISES, configured_mitigation, prompts_of, side
+from memorization.runs.mitigate import NOISES, configured_mitigation, prompts_of
+from memorization.runs.outcome import side
 from memorization.runs.store import ResultStore
 from memorization.settings import Count
 from memorization.similarity.frechet import Reference
-from memorization.similarity.judge import Measure, make_judge
+from memorization.similarity.judge import Measure, copy_limits, make_judge
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
-from memorization.studies.compare_report import copy_limits
 from memorization.studies.labelled import add_arguments, open_subject
 
 
@@ -123,8 +123,7 @@ class Bench:
         mitigations = [row.mitigation for row in rows if row.mitigation]
         self.detectors = scoring_detectors(mitigations, self.spec, self.calibration)
         with ResultStore(self.out, self.settings, {}) as store:
-            store.record["copy_limits"] = copy_limits(self.spec.copy_limits)
-            comparison = Comparison(store, self._reference())
+            comparison = Comparison(store, copy_limits(self.spec.copy_limits), self._reference())
             for row in (Row(PLAIN, PLAIN), *rows):
                 comparison.fill(row, self.batches(row.mitigation))
             yield comparison

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,18 +15,10 @@ import pandas as pd
 from memorization.io.figures import draw_strips, save_figure
 from memorization.io.files import read_json, read_lines, write_atomically
 from memorization.io.tables import markdown
-from memorization.similarity.judge import NEARNESS, Judge, copies_title, is_copy, is_distance
+from memorization.similarity.judge import FIELD_LIMITS, NEARNESS, Judge, copies_title, is_copy, is_distance
 from memorization.studies.compare import PLAIN, Comparison, Item
 
-# Where the field counts copies: below nL2 1.4 and 1.6 and above SSCD .4 (Chen et al., CVPR 2024), above SSCD .5 (Pizzi
-# et al., CVPR 2022). The first of each holds for a model that has no limit of its own.
-LIMITS = {"nl2": (1.4, 1.6), "sscd": (0.5, 0.4)}
 SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigation
-
-
-def copy_limits(own: Mapping[Any, float]) -> dict[str, float]:
-    """Measure of nearness -> the value at which copies are counted: the model's ``own`` first, then the field's."""
-    return {**own, **{measure: limits[0] for measure, limits in LIMITS.items() if measure not in own}}
 
 
 def read_comparison(folder: Path) -> tuple[pd.DataFrame, dict]:
@@ -101,7 +92,7 @@ def _nearest(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
     row = {}
     for name in (name for name in NEARNESS if name in measured):
         values, low = measured[name], is_distance(name)
-        for limit in LIMITS.get(name, ()):
+        for limit in FIELD_LIMITS.get(name, ()):
             row[copies_title(name, limit)] = is_copy(name, values, limit).mean()
         row[f"{name} 5%" if low else f"{name} top 5%"] = np.quantile(values, 0.05 if low else 0.95)
         row[f"{name} lowest" if low else f"{name} highest"] = values.min() if low else values.max()
