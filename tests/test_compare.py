@@ -8,6 +8,7 @@ from conftest import GOLDEN
 from memorization.errors import InputError
 from memorization.io.files import read_json
 from memorization.io.pictures import read_picture
+from memorization.io.prompts import read_prompts
 from memorization.mitigations.gni import EmbeddingNoise
 from memorization.runs.store import ResultStore
 from memorization.similarity import judge
@@ -174,6 +175,15 @@ def test_committed_tables_follow_from_their_lines():
     for path in runs:
         committed, made = pd.read_csv(path.parent / "table.csv"), table_of_run(path.parent)
         pd.testing.assert_frame_equal(committed, made.round(4).reset_index(drop=True), check_dtype=False)
+
+
+def test_copies_need_a_measure(run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "find_weights", lambda: None)
+    frame = read_prompts(ROOT / "prompts" / "testbed.csv")
+    pd.concat([frame[frame["label"] == label].head(9) for label in (0, 1)]).to_csv(tmp_path / "few.csv", index=False)
+    with pytest.raises(InputError, match=r"names \d+ training pictures; copies are counted by nL2, which needs 50"):
+        run_script(mitigation_tradeoff, "--model", GOLDEN / "tiny-eps", "--prompts", tmp_path / "few.csv", "--split",
+                   "all", "--dtype", "float32", "--out", tmp_path / "out")  # fmt: skip
 
 
 def test_levels_hold_for_the_calibrations_noises(run_script, tmp_path):

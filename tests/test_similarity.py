@@ -146,7 +146,7 @@ def test_judge_measures_against_the_own_training_picture_or_else_the_nearest(kno
 
 def test_judge_leaves_out_what_it_lacks(known):
     few = Judge(TrainingPictures(known.pictures[:49], known.files[:49]))
-    assert few(known.pictures[:2], "anything", known.files[0]) == {}  # too few neighbours
+    assert few(known.pictures[:2], "anything", known.files[0]) == {} and few.measures == []  # too few neighbours
     assert Judge(TrainingPictures.read([], (64, 64)))(known.pictures[:2], "anything") == {}
 
 
@@ -158,6 +158,7 @@ def test_judge_by_clip_knows_prompt_and_training_picture(known):
     assert values["clip_image"] == pytest.approx((features[:3] @ features[1]).tolist(), abs=1e-4)
     assert values["clip"] == pytest.approx((features[:3] @ clip.prompts(["a picture of crab"])[0]).tolist(), abs=1e-4)
     assert judge(pictures)["clip_image"] == pytest.approx([1, 1, 1], abs=1e-3) and "clip" not in judge(pictures)
+    assert judge.measures == ["nl2", "clip_image", "clip"] and set(values) == set(judge.measures)
 
 
 def test_judge_takes_further_measures(known):

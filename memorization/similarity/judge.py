@@ -107,6 +107,13 @@ class Judge:
         self._by_sscd = self.sscd(pictures) if self.sscd and len(pictures) else None
         self._by_clip = self.clip.pictures(pictures) if self.clip and len(pictures) else None
 
+    @property
+    def measures(self) -> list[str]:
+        """Those that it can take."""
+        known = {"nl2": len(self.training) >= NEIGHBOURS, "sscd": self._by_sscd is not None,
+                 "clip_image": self._by_clip is not None, "clip": self.clip is not None}  # fmt: skip
+        return [*(name for name, can in known.items() if can), *self.others]
+
     def __call__(
         self, pictures: np.ndarray, prompt: str | None = None, image: Path | None = None
     ) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ from memorization.runs.store import ResultStore
 from memorization.settings import Count
 from memorization.similarity.frechet import Reference
 from memorization.similarity.judge import Measure, copy_limits, make_judge
+from memorization.similarity.nl2 import NEIGHBOURS
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
 from memorization.studies.labelled import add_arguments, open_subject
 
@@ -79,6 +80,10 @@ class Bench:
         self.items = [Item(*values) for values in zip(*columns, strict=True)]
         known = prompts_of(self.spec, args.prompts).known
         self.judge = make_judge(self.subject.pipe, known, self.spec.clip, others=measures)
+        self.limits = copy_limits(self.spec.copy_limits)
+        if not set(self.limits) & set(self.judge.measures):
+            raise InputError(f"{listed}: names {len(known)} training pictures; copies are counted by nL2, which needs "
+                             f"{NEIGHBOURS}, or by SSCD, which needs its weights")  # fmt: skip
         self.calibration = read_calibration(Path(self.spec.calibration)) if self.spec.calibration else Calibration()
         self.noises = args.noises or self.calibration.holds_for.get("num_images", NOISES)
         self.detectors: dict[str, PromptDetector] = {}
@@ -123,7 +128,7 @@ class Bench:
         mitigations = [row.mitigation for row in rows if row.mitigation]
         self.detectors = scoring_detectors(mitigations, self.spec, self.calibration)
         with ResultStore(self.out, self.settings, {}) as store:
-            comparison = Comparison(store, copy_limits(self.spec.copy_limits), self._reference())
+            comparison = Comparison(store, self.limits, self._reference())
             for row in (Row(PLAIN, PLAIN), *rows):
                 comparison.fill(row, self.batches(row.mitigation))
             yield comparison

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from memorization.evaluation.metrics import family_weights
 from memorization.io.figures import draw_strips, save_figure
 from memorization.io.files import read_json, read_lines, write_atomically
 from memorization.io.tables import markdown
@@ -56,7 +57,7 @@ def table_of(
         memorized, ordinary = (own[own["label"] == label] for label in (1, 0))
         measured = measures_of(memorized)
         row = {"row": name, "method": own["method"].iloc[0], "strength": own["strength"].iloc[0]}
-        row |= _with_intervals(measured, limits, family_resamples(memorized["family"].to_numpy(), resamples))
+        row |= _with_intervals(measured, limits, family_weights(memorized["family"].to_numpy(), None, resamples))
         row |= _nearest(measured)
         if frechet and name in frechet:
             row["Frechet"] = frechet[name]
@@ -122,14 +123,6 @@ def resampled_mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, floa
     """Mean of ``values (rows,)`` and its 95% interval by bootstrap ``weights (b, rows)``."""
     low, high = np.percentile(weights @ values / weights.sum(1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
-
-
-def family_resamples(families: np.ndarray, resamples: int) -> np.ndarray:
-    """How often each row's family was drawn, ``(resamples, rows)``: as many as there are, with replacement."""
-    _, member = np.unique(families, return_inverse=True)
-    count = member.max() + 1
-    rng = np.random.default_rng(0)
-    return np.stack([np.bincount(rng.integers(count, size=count), minlength=count)[member] for _ in range(resamples)])
 
 
 def at_equal_alignment(table: pd.DataFrame, kept: float = 0.9) -> pd.DataFrame:
