@@ -108,11 +108,13 @@ class Comparison:
             InputError: the folder holds a row of this name with other settings, or a number was not finite.
         """
         self._register(row)
-        have, first = {line["item"] for line in self.lines(row.name)}, 0
-        for batch in tqdm(batches, desc=row.name, unit="batch", disable=None):
+        have, first, missing = {line["item"] for line in self.lines(row.name)}, 0, []
+        for batch in batches:
             numbers = range(first, first := first + len(batch.items))
             if not have.issuperset(numbers):
-                self._add(row, numbers, batch, have)
+                missing.append((numbers, batch))
+        for numbers, batch in tqdm(missing, desc=row.name, unit="batch", disable=not missing):
+            self._add(row, numbers, batch, have)
         if self.reference and "frechet" not in self.rows[row.name]:
             items = [line["item"] for line in self.lines(row.name) if line["label"] == 1]
             distance = self.reference.distance(np.concatenate([self.pictures(row.name, item) for item in items]))
