@@ -13,7 +13,7 @@ from memorization.mitigations.gni import EmbeddingNoise
 from memorization.runs.store import ResultStore
 from memorization.similarity import judge
 from memorization.similarity.judge import Judge, TrainingPictures, copy_limits
-from memorization.studies import mitigation_tradeoff
+from memorization.studies import compare_report, mitigation_tradeoff
 from memorization.studies.compare import PLAIN, Batch, Comparison, Item, Made, Row
 from memorization.studies.compare_report import (
     draw_sheet,
@@ -161,12 +161,15 @@ def test_columns_of_the_sheet_are_the_nearest_copies():
     assert shown_pictures(lines) == [(2, 0), (0, 1), (3, 1), (1, 0)]
 
 
-def test_the_sheet_has_a_strip_a_row(tmp_path):
+def test_the_sheet_has_a_strip_a_whole_row(tmp_path, monkeypatch):
     fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)), (Row("gni 1", "gni", EmbeddingNoise(1.0)), Maker(120)))
     known = TrainingPictures(np.stack([np.full((8, 8, 3), grey, np.uint8) for grey in (0, 90, 200)]))
     with store(tmp_path) as opened:
-        path = draw_sheet(Comparison(opened, {}), ["gni 1"], ITEMS, Judge(known), tmp_path / "sheet.png")
-    assert path.stat().st_size > 1000
+        monkeypatch.setattr(compare_report, "draw_strips", lambda strips, path: strips)
+        strips = draw_sheet(Comparison(opened, {}), ["gni 1", "gni 4"], ITEMS, Judge(known), tmp_path / "sheet.png")
+    training, *others = strips.values()
+    assert [picture[0, 0, 0] for picture in training] == [90, 90, 90]  # the nearest to 100
+    assert list(strips)[1:] == [PLAIN, "gni 1"] and [strip[0][0, 0, 0] for strip in others] == [100, 120]
 
 
 def test_committed_tables_follow_from_their_lines():

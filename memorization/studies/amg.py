@@ -139,8 +139,7 @@ def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = N
     with bench.compared(chosen_rows(rows_of(bench), args.rows)) as comparison:
         if args.ablated:
             fill_ablated(comparison, bench, args.ablated)
-        shown = [name for name in SHOWN if name in comparison.rows]
-        draw_sheet(comparison, shown, bench.items, bench.judge, bench.out / "sheet.png")
+        draw_sheet(comparison, SHOWN, bench.items, bench.judge, bench.out / "sheet.png")
     table = write_report(bench.out, args.resamples, bench.title).set_index("row", drop=False)
     for chosen in ((PLAIN, ABLATION, *PERTURBATIONS, MAIN, STRONG), (PLAIN, *GUIDANCES, MAIN, *gates("nl2"))):
         print_table(table.loc[[name for name in chosen if name in table.index]])

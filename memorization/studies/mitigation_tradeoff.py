@@ -16,6 +16,11 @@ from memorization.studies.compare_prompts import Bench, add_comparison_arguments
 from memorization.studies.compare_report import at_equal_alignment, draw_sheet, print_table, write_report
 
 
+def row_name(method: str, strength: float) -> str:
+    """Of a method at a strength."""
+    return f"{method} {strength:g}"
+
+
 def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = None) -> None:
     """Compare; ``measures``: of the judge, beside its own."""
     parser = ArgumentParser(description=__doc__)
@@ -25,12 +30,12 @@ def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = N
     )
     args = parser.parse_args(arguments)
     methods = list(MITIGATIONS) if args.methods == "all" else names(args.methods)
-    defaults = {name: make_mitigation(name) for name in methods}
+    strengths = {name: MITIGATIONS.find(name).strengths for name in methods}
     bench = Bench(args, "mitigation_tradeoff", measures)
-    rows = [bench.row(name, {"strength": strength}, f"{name} {strength:g}")
-            for name, default in defaults.items() for strength in default.strengths]  # fmt: skip
+    rows = [bench.row(name, {"strength": strength}, row_name(name, strength))
+            for name, several in strengths.items() for strength in several]  # fmt: skip
     with bench.compared(rows) as comparison:
-        shown = [row.name for row in rows if row.strength == defaults[row.method].strength]
+        shown = [row_name(name, make_mitigation(name).strength) for name in MITIGATIONS]
         draw_sheet(comparison, shown, bench.items, bench.judge, bench.out / "sheet.png")
     table = write_report(bench.out, args.resamples, bench.title)
     print_table(table.drop(columns="row"))
