@@ -171,7 +171,7 @@ def shown_pictures(plain: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def draw_sheet(comparison: Comparison, rows: Sequence[str], items: Sequence[Item], judge: Judge, path: Path) -> Path:
-    """What each picture of plain sampling is measured against, above the pictures of those of ``rows`` that are whole."""
+    """The training picture that plain sampling is measured against, above the pictures of ``rows`` that are whole."""
     rows = [row for row in rows if len(comparison.lines(row)) == len(items)]
     columns = shown_pictures(pd.DataFrame(comparison.lines(PLAIN)))
     strips = {row: [comparison.pictures(row, item)[noise] for item, noise in columns] for row in (PLAIN, *rows)}
