@@ -1,19 +1,40 @@
-"""Loading checkpoints: pipelines and autoencoders, from safetensors only."""
+"""Loading checkpoints by name, YAML file, folder or hub id: pipelines and autoencoders."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel
+from transformers import CLIPTextModel
 
-from local_sd_pipeline import PREDICTION_TYPES, LocalStableDiffusionPipeline
+from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
+from memorization.models.checkpoint import (
+    fetch_part,
+    find_folder,
+    identity_of,
+    in_short,
+    load_network,
+    load_tokenizer,
+    parameters_of,
+    read_config,
+    read_named,
+)
+from memorization.models.consistency import check_autoencoder, check_pipeline
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
 from memorization.models.spec import ModelSpec, find_model, model_names
-from memorization.paths import ROOT
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+CLASSES = {  # part -> classes that its index may name, the first of which is loaded
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "vae": ("AutoencoderKL",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,42 +71,85 @@ def load_model(name: str, *, device: str = "auto", dtype: str | None = None, pic
 def load_pipeline(
     spec: ModelSpec, dtype: str, device: torch.device, *, pictures: bool = False
 ) -> LocalStableDiffusionPipeline:
-    """Load a checkpoint, from safetensors only.
+    """Load a checkpoint, part by part: only whole weights in safetensors, and no code of its own.
 
     Args:
         pictures: load the autoencoder too; detection does without it.
 
     Raises:
-        InputError: nothing by that name, the hub cannot be reached, or the checkpoint lacks what is needed.
+        InputError: nothing by that name, the hub cannot be reached, or a part is missing, damaged or does not belong.
     """
-    unused = dict.fromkeys(["safety_checker", "feature_extractor", "image_encoder", *([] if pictures else ["vae"])])
-    unused["requires_safety_checker"] = False
-    reasons = []
-    for identifier in spec.ids:
-        folder = Path(identifier)
-        local = folder.is_dir()
-        if not local and (folder.is_absolute() or identifier.count("/") > 1):
-            where = (
-                "" if (ROOT / "testbed").is_dir() else "; the shipped models lie in the repository, not in the package"
-            )
-            reasons.append(f"{identifier}: no such folder{where}")
-            continue
-        if local and not (folder / "model_index.json").is_file():
-            raise InputError(f"{identifier}: no model_index.json in this folder; it is no diffusers checkpoint")
-        try:
-            if not local:
-                folder = Path(LocalStableDiffusionPipeline.download(identifier, use_safetensors=True, **unused))
-            pipe = LocalStableDiffusionPipeline.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, **unused
-            )
-        except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
-            reasons.append(_why_not(identifier, local, error))
-            continue
-        return _place(pipe, device)
+    unused: dict[str, Any] = dict.fromkeys(UNUSED if pictures else (*UNUSED, "vae"))
+
+    def fetch(identifier: str) -> str:
+        return LocalStableDiffusionPipeline.download(identifier, use_safetensors=True, **unused)
+
     known = ", ".join(model_names())
-    raise InputError(
-        f"model {spec.name!r}: {'; '.join(reasons)}. Names: {known}; or give a YAML file, folder or hub id"
-    )
+    folder = find_folder(spec.ids, fetch, f". Names: {known}; or give a YAML file, folder or hub id")
+    index, number = read_index(folder), DTYPES[dtype]
+    for part, classes in CLASSES.items():
+        if part not in unused:
+            check_named(folder, index, part, classes)
+    pipe = LocalStableDiffusionPipeline(
+        vae=load_network(AutoencoderKL, folder / "vae", number) if pictures else None,
+        text_encoder=load_network(CLIPTextModel, folder / "text_encoder", number),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        unet=load_network(UNet2DConditionModel, folder / "unet", number),
+        scheduler=load_scheduler(folder, index), **dict.fromkeys(UNUSED), requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.register_to_config(_name_or_path=str(folder))
+    check_pipeline(pipe, folder)
+    if dtype == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def read_index(folder: Path) -> dict:
+    """What a pipeline's ``model_index.json`` says.
+
+    Raises:
+        InputError: there is none, or it names code of its own.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no model_index.json in this folder; it is no diffusers checkpoint")
+    index = read_config(path)
+    if not isinstance(index.get("_class_name"), str):
+        raise InputError(f"{path}: _class_name = {index.get('_class_name')} names no class of diffusers")
+    return index
+
+
+def check_named(folder: Path, index: dict, part: str, classes: tuple[str, ...]) -> None:
+    """See that the index of a pipeline names one of ``classes`` of diffusers or transformers for a part.
+
+    Raises:
+        InputError: it names none, or something else, such as code of its own.
+    """
+    named = index.get(part)
+    if not isinstance(named, list) or named[:1] not in (["diffusers"], ["transformers"]) or named[1] not in classes:
+        raise InputError(f"{folder}/model_index.json: {part} = {named} is no {classes[0]}")
+
+
+def load_scheduler(folder: Path, index: dict) -> Any:
+    """The scheduler that the index of a pipeline names.
+
+    Raises:
+        InputError: it is none of diffusers', or its config is missing or damaged.
+    """
+    schedulers = {name for name in dir(diffusers) if name.endswith("Scheduler")}
+    check_named(folder, index, "scheduler", tuple(sorted(schedulers, key=lambda name: name != "DDIMScheduler")))
+    path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise InputError(f"{path}: {cls.__name__} is no scheduler that works with torch")
+    if "_class_name" not in read_named(path, cls, parameters_of(cls)):
+        raise InputError(f"{path}: names no class; it is no scheduler's config")
+    try:
+        return cls.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # whatever a value of the config does to the scheduler
+        raise InputError(f"{path}: no {cls.__name__} can be made of it ({in_short(error)})") from None
 
 
 def load_autoencoder(identifier: str) -> AutoencoderKL:
@@ -97,54 +161,23 @@ def load_autoencoder(identifier: str) -> AutoencoderKL:
     Raises:
         InputError: it cannot be loaded.
     """
-    reasons = []
-    for folder in find_model(identifier).ids:
-        try:
-            vae = AutoencoderKL.from_pretrained(
-                folder,
-                subfolder="vae",
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=Path(folder).is_dir(),
-            )
-            return vae.eval().requires_grad_(False)
-        except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
-            reasons.append(" ".join(str(error).split())[:200])
-    raise InputError(f"{identifier}: no autoencoder in safetensors that can be loaded ({'; '.join(reasons)})")
+    stem = "diffusion_pytorch_model"
+    folder = find_folder(find_model(identifier).ids, lambda name: fetch_part(name, "vae/", stem))
+    vae = load_network(AutoencoderKL, folder / "vae")
+    check_autoencoder(vae, folder)
+    return vae
 
 
-def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalStableDiffusionPipeline:
-    """The pipeline on its device, its weights frozen: gradients reach embeddings and latents, never weights."""
-    unet, predicts = pipe.unet.config, pipe.scheduler.config.prediction_type
-    if unet.in_channels != unet.out_channels or unet.get("addition_embed_type") or unet.get("class_embed_type"):
-        raise InputError("the checkpoint's UNet takes more than latents, timestep and text (inpainting, SDXL, ...)")
-    if predicts not in PREDICTION_TYPES:
-        raise InputError(f"the checkpoint predicts {predicts!r}, not one of {', '.join(PREDICTION_TYPES)}")
-    if pipe.unet.dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    pipe.text_encoder.eval().requires_grad_(False)
-    if pipe.vae is not None:
-        pipe.vae.eval().requires_grad_(False)
-    return pipe
+def folder_of(pipe: LocalStableDiffusionPipeline | DDPMPipeline) -> Path:
+    """Where a pipeline was loaded from."""
+    return Path(pipe.config["_name_or_path"])
 
 
-def _why_not(identifier: str, local: bool, error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    if local:
-        return f"{identifier}: cannot be loaded as a Stable Diffusion checkpoint in safetensors ({text})"
-    return f"{identifier}: no folder, and the hub does not give it ({type(error).__name__}: {text})"
+def revision_of(pipe: LocalStableDiffusionPipeline | DDPMPipeline, *, pictures: bool) -> dict[str, str]:
+    """What tells a checkpoint from every other: the sha256 of all that scores depend on, by part.
 
-
-def revision_of(pipe: DiffusionPipeline | DDPMPipeline) -> str:
-    """What tells a checkpoint from its later versions: the hub's commit, or the sha256 of a folder's UNet files."""
-    folder = Path(pipe.config["_name_or_path"])
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
+    Args:
+        pictures: they depend on the autoencoder too.
+    """
+    parts = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if hasattr(pipe, part)]
+    return identity_of(folder_of(pipe), [*parts, *(["vae"] if pictures and hasattr(pipe, "vae") else [])])

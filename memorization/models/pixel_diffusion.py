@@ -7,16 +7,18 @@ or google/ddpm-cifar10-32 from the hub.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
+from memorization.models.checkpoint import find_folder, load_network
+from memorization.models.consistency import check_pixel_model
 from memorization.models.generation import Guide
+from memorization.models.loading import check_named, load_scheduler, read_index
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
@@ -25,17 +27,16 @@ def load_pixel_model(identifier: str, device: torch.device | str = "cpu") -> DDP
     """A DDPM, float32, its weights frozen.
 
     Raises:
-        InputError: it cannot be loaded, or predicts something else than epsilon.
+        InputError: a part is missing or damaged, or it predicts something else than epsilon.
     """
-    try:
-        folder = identifier if Path(identifier).is_dir() else DDPMPipeline.download(identifier, use_safetensors=True)
-        pipe = DDPMPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{identifier}: cannot be loaded as a DDPM in safetensors ({reason})") from None
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        raise InputError(f"{identifier}: predicts {pipe.scheduler.config.prediction_type}, not epsilon")
-    pipe.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    folder = find_folder([identifier], lambda name: DDPMPipeline.download(name, use_safetensors=True))
+    index = read_index(folder)
+    check_named(folder, index, "unet", ("UNet2DModel",))
+    unet, scheduler = load_network(UNet2DModel, folder / "unet"), load_scheduler(folder, index)
+    check_pixel_model(unet, scheduler, folder)
+    pipe = DDPMPipeline(unet, scheduler)
+    pipe.register_to_config(_name_or_path=str(folder))
+    pipe.unet.to(device, memory_format=torch.channels_last)
     return pipe
 
 

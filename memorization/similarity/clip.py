@@ -14,9 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from memorization.errors import InputError
+from memorization.models.checkpoint import (
+    fetch_part,
+    find_folder,
+    identity_of,
+    in_short,
+    load_network,
+    load_tokenizer,
+    read_config,
+)
 
 
 class Clip:
@@ -25,20 +34,35 @@ class Clip:
     Args:
         identifier: a folder or a hub id.
 
+    Attributes:
+        revision: tells its files from every other's.
+
     Raises:
-        InputError: it cannot be loaded.
+        InputError: a file is missing or damaged, or they do not belong together.
     """
 
     def __init__(self, identifier: str, device: torch.device | str = "cpu") -> None:
         self.name = Path(identifier).name
+        folder = find_folder([identifier], lambda name: fetch_part(name, "", "model"))
+        self.model = load_network(CLIPModel, folder).to(device)
+        self.tokenizer, self.processor = load_tokenizer(folder), self._load_processor(folder)
+        self.revision = identity_of(folder, [""])["files"]
+        if not self.tokenizer.model_max_length <= self.model.config.text_config.max_position_embeddings:
+            raise InputError(f"{folder}/tokenizer_config.json: model_max_length = {self.tokenizer.model_max_length} is "
+                             f"more than the model has positions")  # fmt: skip
+
+    def _load_processor(self, folder: Path) -> CLIPImageProcessorPil:
+        """What prepares pictures for the model."""
+        path, side = folder / "preprocessor_config.json", self.model.config.vision_config.image_size
+        read_config(path)
         try:
-            self.model = CLIPModel.from_pretrained(identifier, dtype=torch.float32, use_safetensors=True)
-            self.model.to(device).eval().requires_grad_(False)
-            self.processor = CLIPImageProcessorPil.from_pretrained(identifier)
-            self.tokenizer = CLIPTokenizer.from_pretrained(identifier)
-        except Exception as error:  # transformers, the hub client and safetensors each raise their own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{identifier}: cannot be loaded as a CLIP model in safetensors ({reason})") from None
+            processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            prepared = processor(np.zeros((side + 1, side + 1, 3), np.uint8), return_tensors="pt").pixel_values
+        except Exception as error:  # whatever a value of the config does to it
+            raise InputError(f"{path}: cannot be read ({in_short(error)})") from None
+        if prepared.shape[-2:] != (side, side) and processor.do_resize:
+            raise InputError(f"{path}: makes pictures of {prepared.shape[-1]} pixels, the model takes {side}")
+        return processor
 
     @torch.no_grad()
     def pictures(self, pictures: np.ndarray, at_once: int = 64) -> Tensor:

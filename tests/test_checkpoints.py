@@ -1,0 +1,374 @@
+"""Damaged and hostile checkpoints: one line each that names the file, no pickle opened, no code run, no network.
+
+Each case is a whole checkpoint and one thing that is wrong with it. ``torch.load``, sockets and threads fail the test.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
+
+from memorization.errors import InputError
+from memorization.models.loading import load_autoencoder, load_pipeline
+from memorization.models.pixel_diffusion import load_pixel_model
+from memorization.models.spec import ModelSpec
+from memorization.similarity.clip import Clip
+
+SHIPPED = GOLDEN.parent.parent / "testbed" / "models"
+Damage = Callable[[Path], None]
+
+
+def load_stable_diffusion(folder: str):
+    return load_pipeline(ModelSpec("damaged", (folder,)), "float32", torch.device("cpu"), pictures=True)
+
+
+class Kind(NamedTuple):
+    """A kind of checkpoint: a whole one of it, and what loads it."""
+
+    whole: Path
+    load: Callable[[str], object]
+
+
+KINDS = {
+    "pipeline": Kind(GOLDEN / "tiny-eps", load_stable_diffusion),
+    "autoencoder": Kind(GOLDEN / "tiny-eps", load_autoencoder),
+    "pixel": Kind(SHIPPED / "pixel-uncond", load_pixel_model),
+    "clip": Kind(SHIPPED / "clip", Clip),
+}
+
+
+class Case(NamedTuple):
+    """What is done to a whole checkpoint, and what is said of it."""
+
+    kind: str
+    name: str
+    damage: Damage
+    said: str
+
+
+def write(path: Path, content: bytes) -> None:
+    """The copies are links to the whole checkpoint: a new file takes the link's place."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def written(file: str, content: bytes) -> Damage:
+    return lambda folder: write(folder / file, content)
+
+
+def dumped(file: str, value) -> Damage:
+    return written(file, json.dumps(value).encode())
+
+
+def without(file: str) -> Damage:
+    return lambda folder: (folder / file).unlink()
+
+
+def edited(file: str, without: str = "", **changes) -> Damage:
+    """A JSON file with other values, and ``without`` a key."""
+
+    def damage(folder: Path) -> None:
+        values = {**json.loads((folder / file).read_bytes()), **changes}
+        values.pop(without, None)
+        dumped(file, values)(folder)
+
+    return damage
+
+
+def both(*damages: Damage) -> Damage:
+    return lambda folder: [damage(folder) for damage in damages][0]
+
+
+def weights(file: str, change: Callable[[dict], dict]) -> Damage:
+    """Other weights, by those of the whole checkpoint."""
+
+    def damage(folder: Path) -> None:
+        changed = change(load_file(folder / file))
+        (folder / file).unlink()
+        save_file(changed, folder / file, {"format": "pt"})
+
+    return damage
+
+
+def truncated(file: str, share: float) -> Damage:
+    def damage(folder: Path) -> None:
+        content = (folder / file).read_bytes()
+        write(folder / file, content[: int(len(content) * share)])
+
+    return damage
+
+
+class Canary:
+    """Unpickled, it leaves a mark."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["CANARY"],)
+
+
+def pickled(file: str, instead_of: str = "") -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / (instead_of or file)).unlink(missing_ok=True)
+        torch.save({"weight": Canary()}, folder / file)
+
+    return damage
+
+
+def sharded(file: str, shard: str, kept: slice = slice(None), *, present: bool = True) -> Damage:
+    """One shard with an index that names it ``shard``; the single file is gone."""
+
+    def damage(folder: Path) -> None:
+        whole = load_file(folder / file)
+        names = list(whole)[kept]
+        (folder / file).unlink()
+        place = (folder / file).parent / shard
+        if present and shard.endswith(".safetensors"):
+            save_file({name: whole[name] for name in names}, place, {"format": "pt"})
+        elif present:
+            torch.save({"weight": Canary()}, place)
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
+        dumped(f"{file}.index.json", index)(folder)
+
+    return damage
+
+
+def a_folder(file: str) -> Damage:
+    return lambda folder: [(folder / file).unlink(), (folder / file).mkdir()][1]
+
+
+def weight_cases(kind: str, part: str, file: str, key: str) -> list[Case]:
+    """Everything that may be wrong with the weights of a part; ``key`` is one of them."""
+    name, bare = f"{part}{file}", re.escape(file.removesuffix(".safetensors"))
+    index = f"{name}.index.json"
+    where = part.rstrip("/") or "clip"
+    damages = {
+        "no weights": (without(name), f"no {bare}.safetensors"),
+        "empty": (written(name, b""), f"{bare}.safetensors: .*cannot be read"),
+        "a torn header": (written(name, b"\xff\x00\x00\x00\x00\x00\x00\x00{"), f"{bare}.safetensors: .*cannot be read"),
+        "half a file": (truncated(name, 0.5), f"{bare}.safetensors: .*cannot be read"),
+        "one byte short": (truncated(name, 0.99999), f"{bare}.safetensors: .*cannot be read"),
+        "noise": (written(name, os.urandom(512)), f"{bare}.safetensors: .*cannot be read"),
+        "a folder": (a_folder(name), f"{bare}.safetensors: .*cannot be read"),
+        "a pickle by the name": (pickled(name), f"{bare}.safetensors: .*cannot be read"),
+        "a pickle alone": (pickled(f"{part}pytorch_model.bin", name), f"no {bare}.safetensors"),
+        "diffusers' pickle alone": (pickled(f"{part}diffusion_pytorch_model.bin", name), f"no {bare}.safetensors"),
+        "a key missing": (weights(name, lambda w: {k: v for k, v in w.items() if k != key}),
+                          f"{where}: lacks the weight {re.escape(key)}"),
+        "nothing": (weights(name, lambda w: {}), f"{where}: lacks the weight"),
+        "half the keys": (weights(name, lambda w: dict(list(w.items())[::2])), f"{where}: lacks the weight"),
+        "another prefix": (weights(name, lambda w: {f"student.{k}": v for k, v in w.items()}), f"{where}: lacks"),
+        "another key": (weights(name, lambda w: {**w, "adapter.up": torch.ones(2)}),
+                        f"{where}: holds the weight adapter.up"),
+        "another shape": (weights(name, lambda w: {**w, key: torch.cat([w[key], w[key]])}),
+                          f"{where}: .*{re.escape(key)}.* shape"),
+        "shards of pickle": (sharded(name, "pytorch_model-1.bin"), "pytorch_model-1.bin.*only safetensors"),
+        "shards of pickle, not there": (sharded(name, "model-1.bin", present=False), "model-1.bin.*only safetensors"),
+        "shards outside": (sharded(name, "../outside.safetensors"), "outside.safetensors.*not in its folder"),
+        "shards elsewhere": (sharded(name, "/etc/x.safetensors", present=False), "x.safetensors.*not in its folder"),
+        "shards on Windows": (sharded(name, "..\\x.safetensors", present=False), "x.safetensors.*not in its folder"),
+        "no such shard": (sharded(name, "model-1.safetensors", present=False), "model-1.safetensors: .*cannot be read"),
+        "half the shards": (sharded(name, "model-1.safetensors", slice(None, None, 2)), f"{where}: lacks the weight"),
+        "an index beside it": (dumped(index, {"weight_map": {key: "model.bin"}}), "model.bin.*only safetensors"),
+        "an index of nothing": (both(without(name), dumped(index, {"weight_map": {}})), "index.json: names no weights"),
+        "an index without a map": (both(without(name), dumped(index, {})), "index.json: names no weights"),
+        "an index of numbers": (both(without(name), dumped(index, {"weight_map": {key: 3}})), "only safetensors"),
+        "an index that is a list": (both(without(name), dumped(index, [key])), "index.json: .*no table"),
+        "an index that is torn": (both(without(name), written(index, b'{"weight_map')), "index.json: .*cannot be read"),
+    }  # fmt: skip
+    return [Case(kind, f"{part}{what}", damage, said) for what, (damage, said) in damages.items()]
+
+
+def config_cases(kind: str, file: str) -> list[Case]:
+    """Everything that may be wrong with any config."""
+    code, bare = "no code of a checkpoint is run", re.escape(Path(file).name)
+    damages = {
+        "missing": (without(file), f"{bare}: .*cannot be read"),
+        "empty": (written(file, b""), f"{bare}: .*cannot be read"),
+        "torn": (truncated(file, 0.5), f"{bare}: .*cannot be read"),
+        "a list": (dumped(file, []), f"{bare}: .*no table"),
+        "a number": (dumped(file, 3), f"{bare}: .*no table"),
+        "null": (dumped(file, None), f"{bare}: .*no table"),
+        "of nothing": (dumped(file, {}), f"{bare}: "),
+        "not UTF-8": (written(file, b'{"a": "\xff\xfe"}'), f"{bare}: .*cannot be read"),
+        "nested without end": (written(file, b'{"a":' + b"[" * 99999), f"{bare}: .*cannot be read"),
+        "a folder": (a_folder(file), f"{bare}: .*cannot be read"),
+        "code of its own": (edited(file, auto_map={"AutoModel": "evil.Model"}), f"{bare}: auto_map.*{code}"),
+        "code, nested": (edited(file, extra={"auto_map": {"AutoModel": "evil.Model"}}), f"{bare}: auto_map.*{code}"),
+        "a pipeline of its own": (edited(file, custom_pipeline="evil"), f"{bare}: custom_pipeline.*{code}"),
+    }
+    return [Case(kind, f"{file} {what}", damage, said) for what, (damage, said) in damages.items()]
+
+
+def model_cases(kind: str, file: str, typo: tuple[str, str], other: dict) -> list[Case]:
+    """What may be wrong with the config of a network: a ``typo`` of a key, and the class of an ``other`` one."""
+    right, wrong = typo
+    damages = {
+        "quantised": (edited(file, quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+        "other weights": (edited(file, transformers_weights="adapter.bin"), "transformers_weights"),
+        "other weights outside": (edited(file, transformers_weights="../x.safetensors"), "transformers_weights"),
+        "a kernel of the hub": (edited(file, _attn_implementation="evil/kernel"), "attn_implementation.*evil/kernel"),
+        "a kernel by its new name": (edited(file, attn_implementation="evil/kernel:f"), "attn_implementation.*evil"),
+        "a kernel that is fetched": (edited(file, _attn_implementation="flash_attention_2"), "flash_attention_2"),
+        "kernels by part": (edited(file, _attn_implementation={"": "evil/k"}), "attn_implementation.*evil/k"),
+        "a kernel, nested": (edited(file, text_config={"_attn_implementation": "evil/k"}), "attn_implementation.*evil"),
+        "a typo": (both(edited(file, **{wrong: 1}), edited(file, right)), f"{wrong}.*{right}"),
+        "of another class": (edited(file, **other), "config.json: .*is no "),
+        "an adapter beside it": (dumped(str(Path(file).with_name("adapter_config.json")), {"peft_type": "LORA"}),
+                                 "adapter_config.json"),
+    }  # fmt: skip
+    return [Case(kind, f"{file} {what}", damage, said) for what, (damage, said) in damages.items()]
+
+
+UNET, TEXT, VAE = "unet/config.json", "text_encoder/config.json", "vae/config.json"
+SCHEDULER, TOKENIZER, INDEX = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "model_index.json"
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+OTHER_FAMILIES = (
+    "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "KarrasVeScheduler",
+    "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "CMStochasticIterativeScheduler", "IPNDMScheduler",
+    "VQDiffusionScheduler", "AmusedScheduler", "CogVideoXDDIMScheduler",
+)  # fmt: skip
+
+
+def values(file: str, key: str, given: list, said: str, kind: str = "pipeline") -> list[Case]:
+    """Values of one key that make no sense."""
+    return [Case(kind, f"{file} {key} {value!r:.20}", edited(file, **{key: value}), said) for value in given]
+
+
+CASES = [
+    *weight_cases("pipeline", "unet/", DIFFUSERS, "conv_in.weight"),
+    *weight_cases("pipeline", "text_encoder/", TRANSFORMERS, "text_model.final_layer_norm.weight"),
+    *weight_cases("pipeline", "vae/", DIFFUSERS, "decoder.conv_in.weight"),
+    *weight_cases("autoencoder", "vae/", DIFFUSERS, "encoder.conv_in.weight"),
+    *weight_cases("pixel", "unet/", DIFFUSERS, "conv_in.weight"),
+    *weight_cases("clip", "", TRANSFORMERS, "visual_projection.weight"),
+    *config_cases("pipeline", UNET), *config_cases("pipeline", TEXT), *config_cases("pipeline", VAE),
+    *config_cases("pipeline", SCHEDULER), *config_cases("pipeline", TOKENIZER), *config_cases("pipeline", INDEX),
+    *config_cases("autoencoder", VAE), *config_cases("pixel", UNET), *config_cases("pixel", SCHEDULER),
+    *config_cases("clip", "config.json"), *config_cases("clip", "preprocessor_config.json"),
+    *model_cases("pipeline", UNET, ("cross_attention_dim", "cross_attention_dimm"), {"_class_name": "UNet2DModel"}),
+    *model_cases("pipeline", TEXT, ("num_hidden_layers", "num_hiden_layers"), {"model_type": "bert"}),
+    *model_cases("pipeline", VAE, ("scaling_factor", "scalling_factor"), {"_class_name": "AutoencoderTiny"}),
+    *model_cases("autoencoder", VAE, ("latent_channels", "latent_chanels"), {"_class_name": "VQModel"}),
+    *model_cases("pixel", UNET, ("block_out_channels", "block_out_chanels"), {"_class_name": "UNet1DModel"}),
+    *model_cases("clip", "config.json", ("projection_dim", "projection_dimm"), {"model_type": "siglip"}),
+    # The text encoder and its config do not belong together.
+    Case("pipeline", "fewer layers than its config says", edited(TEXT, num_hidden_layers=3), "text_encoder: lacks"),
+    Case("pipeline", "more layers than its config says", edited(TEXT, num_hidden_layers=1), "text_encoder: holds"),
+    Case("pipeline", "a wider text encoder", edited(TEXT, hidden_size=32), "text_encoder: .*shape"),
+    Case("pipeline", "an activation with a typo", edited(TEXT, hidden_act="quik_gelu"), "text_encoder: .*quik_gelu"),
+    Case("pipeline", "a UNet of another width", edited(UNET, block_out_channels=[32, 32]), "unet: .*shape"),
+    Case("pipeline", "a block with a typo", edited(UNET, down_block_types=["DownBlok2D", "DownBlock2D"]), "DownBlok2D"),
+    Case("pipeline", "a UNet for other text", edited(UNET, cross_attention_dim=24), "unet: "),
+    Case("pixel", "a UNet of another width", edited(UNET, block_out_channels=[32, 32]), "unet: "),
+    # Numbers that everything hangs on.
+    *values(UNET, "sample_size", [None, 0, -1, 1.5, "16", True, [], [16], [16, 16, 16], [16, None]], "sample_size"),
+    *values(UNET, "sample_size", [None, 0, "16", [8, 8, 8]], "sample_size", "pixel"),
+    *values(VAE, "scaling_factor", [0, -0.18, None, "0.18215", float("nan"), float("inf"), [1], True],
+            "scaling_factor"),
+    *values(VAE, "scaling_factor", [0, None, float("nan")], "scaling_factor", "autoencoder"),
+    *values(VAE, "latent_channels", [3, None, "4"], "vae"),
+    *values(SCHEDULER, "prediction_type", ["flow", "epsilonn", None, 3, "v_predicton"], "predicts"),
+    *values(SCHEDULER, "num_train_timesteps", [None, 0, -1, "1000", 1.5, [1000]], "num_train_timesteps"),
+    *values(SCHEDULER, "num_train_timesteps", [0, None], "num_train_timesteps", "pixel"),
+    *values(SCHEDULER, "beta_schedule", ["scaled_linearr", None, 3], "scheduler: "),
+    *values(SCHEDULER, "beta_start", [None, "small", float("nan"), -1, 2], "scheduler: "),
+    *values(SCHEDULER, "trained_betas", [[], [0.1], "betas"], "scheduler: "),
+    Case("pipeline", "betas with a typo", both(edited(SCHEDULER, beta_strat=1e-4), edited(SCHEDULER, "beta_start")),
+         "beta_strat.*beta_start"),
+    Case("pipeline", "a prediction type with a typo",
+         both(edited(SCHEDULER, prediction_typ="v_prediction"), edited(SCHEDULER, "prediction_type")),
+         "prediction_typ.*prediction_type"),
+    Case("pixel", "another prediction", edited(SCHEDULER, prediction_type="v_prediction"), "epsilon"),
+    # The tokenizer.
+    Case("pipeline", "no tokenizer_config.json", without(TOKENIZER), "tokenizer"),
+    *values(TOKENIZER, "model_max_length", [10**30, 78, 0, -1, None, "77", 77.5], "tokenizer.*model_max_length"),
+    Case("pipeline", "no length", edited(TOKENIZER, "model_max_length"), "tokenizer.*model_max_length"),
+    Case("pipeline", "no vocabulary", without("tokenizer/vocab.json"), "tokenizer"),
+    Case("pipeline", "a vocabulary that is torn", truncated("tokenizer/vocab.json", 0.5), "tokenizer"),
+    Case("pipeline", "a vocabulary that is a list", dumped("tokenizer/vocab.json", ["a"]), "tokenizer"),
+    Case("pipeline", "a vocabulary of nothing", dumped("tokenizer/vocab.json", {}), "tokenizer"),
+    Case("pipeline", "words that the text encoder has not", edited("tokenizer/vocab.json", kite=9999), "tokenizer"),
+    Case("pipeline", "no merges", without("tokenizer/merges.txt"), "tokenizer"),
+    Case("pipeline", "merges that are noise", written("tokenizer/merges.txt", b"\xff\xfe\x00"), "tokenizer"),
+    Case("clip", "no length", edited("tokenizer_config.json", "model_max_length"), "model_max_length"),
+    Case("clip", "no vocabulary", both(without("tokenizer.json"), without("vocab.json")), "clip"),
+    Case("clip", "a tokenizer that is torn", truncated("tokenizer.json", 0.5), "clip"),
+    # What the index of the pipeline says.
+    Case("pipeline", "no folder of the UNet", lambda folder: shutil.rmtree(folder / "unet"), "unet"),
+    Case("pipeline", "no folder of the tokenizer", lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
+    Case("pipeline", "nothing but an index", lambda folder: [shutil.rmtree(path) for path in folder.glob("*/")][0], ""),
+    *values(INDEX, "_class_name", [["my_pipeline", "Pipeline"], None, 3], "_class_name"),
+    *[Case("pipeline", f"a scheduler of another family: {name}",
+           both(edited(INDEX, scheduler=["diffusers", name]), edited(SCHEDULER, _class_name=name)), "scheduler: ")
+      for name in OTHER_FAMILIES],
+    *values(INDEX, "scheduler", [None, [None, None], ["diffusers", "NoScheduler"], ["diffusers", "AutoencoderKL"],
+            ["my_scheduler", "Evil"], ["diffusers", "__doc__"], "DDIMScheduler"], "scheduler"),
+    *values(INDEX, "unet", [None, [None, None], ["my_unet", "Evil"], ["diffusers", "UNet2DModel"],
+            ["diffusers", "FluxTransformer2DModel"], "unet"], "unet"),
+    *values(INDEX, "text_encoder", [None, [None, None], ["transformers", "T5EncoderModel"], ["evil", "E"]],
+            "text_encoder"),
+    *values(INDEX, "vae", [None, [None, None], ["diffusers", "AutoencoderTiny"]], "vae"),
+    *values(INDEX, "tokenizer", [None, [None, None], ["transformers", "T5Tokenizer"], ["evil", "Evil"]], "tokenizer"),
+    *values(INDEX, "unet", [None, ["my_unet", "Evil"], ["diffusers", "UNet2DConditionModel"]], "unet", "pixel"),
+    *values(INDEX, "scheduler", [None, ["my_scheduler", "Evil"], ["diffusers", "AmusedScheduler"]], "scheduler",
+            "pixel"),
+    Case("pixel", "no index", without(INDEX), "model_index.json"),
+    Case("clip", "no config", without("config.json"), "config.json"),
+    Case("autoencoder", "no folder", lambda folder: shutil.rmtree(folder / "vae"), "vae"),
+]  # fmt: skip
+
+
+def _key(case: Case) -> str:
+    return f"{case.kind}: {case.name}"
+
+
+@pytest.fixture
+def shut(monkeypatch, tmp_path):
+    """Whoever unpickles, opens a socket or starts a thread of its own is stopped."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this must never be reached")
+
+    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not (tmp_path / "canary").exists()
+    assert not [thread for thread in threading.enumerate() if "conversion" in thread.name]
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Makes a damaged copy; its path has the kind's name, which a message may hold."""
+
+    def make(case: Case) -> Path:
+        folder = tmp_path / case.kind
+        shutil.copytree(KINDS[case.kind].whole, folder, copy_function=os.link)
+        case.damage(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES, ids=_key)
+def test_a_damaged_checkpoint_is_one_clear_line(case, damaged, shut):
+    folder = damaged(case)
+    with pytest.raises(InputError) as caught:
+        KINDS[case.kind].load(str(folder))
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 600 and re.search(case.said, said), said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_checkpoint_is_loaded(kind, damaged, shut):
+    assert KINDS[kind].load(str(damaged(Case(kind, "", lambda folder: None, ""))))
