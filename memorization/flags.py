@@ -6,7 +6,9 @@ A flag means one thing everywhere: what several commands take is described here 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -119,6 +121,7 @@ def assigned(text: str) -> tuple[str, str]:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a command's main: exit status 2 and one line on standard error for an :class:`InputError`."""
+    quiet_libraries()
     try:
         main()
     except InputError as error:
@@ -133,13 +136,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def quiet_libraries() -> None:
-    """No warnings and progress bars of diffusers and transformers: a command has its own."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+    """No warnings and bars of the libraries: standard error is a command's own. Call it before they are imported."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:  # python -W shows them
+        warnings.simplefilter("ignore")
 
 
 Arguments = Sequence[str] | None  # what a command's main is given; None for those of the process

@@ -80,7 +80,7 @@ def verify(model: str, work: Path) -> tuple[list[dict], Path]:
     captions = data.make_captions(usable_table(), SEED)
     pipe = load_pipeline(find_model(f"testbed-{model}"), "float32", torch.device("cpu"), pictures=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    folder = work / f"verify-{model}-{revision_of(pipe)[7:15]}"
+    folder = work / f"verify-{model}-{revision_of(pipe, pictures=False)['unet'][7:15]}"
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "measured.jsonl"
     text = log.read_text(encoding="utf-8") if log.exists() else ""

@@ -86,7 +86,11 @@ def edited(file: str, without: str = "", **changes) -> Damage:
 
 
 def both(*damages: Damage) -> Damage:
-    return lambda folder: [damage(folder) for damage in damages][0]
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
+
+    return damage
 
 
 def weights(file: str, change: Callable[[dict], dict]) -> Damage:
@@ -143,6 +147,11 @@ def sharded(file: str, shard: str, kept: slice = slice(None), *, present: bool =
 
 def a_folder(file: str) -> Damage:
     return lambda folder: [(folder / file).unlink(), (folder / file).mkdir()][1]
+
+
+def emptied(folder: Path) -> None:
+    for path in folder.glob("*/"):
+        shutil.rmtree(path)
 
 
 def weight_cases(kind: str, part: str, file: str, key: str) -> list[Case]:
@@ -279,9 +288,9 @@ CASES = [
     *values(SCHEDULER, "prediction_type", ["flow", "epsilonn", None, 3, "v_predicton"], "predicts"),
     *values(SCHEDULER, "num_train_timesteps", [None, 0, -1, "1000", 1.5, [1000]], "num_train_timesteps"),
     *values(SCHEDULER, "num_train_timesteps", [0, None], "num_train_timesteps", "pixel"),
-    *values(SCHEDULER, "beta_schedule", ["scaled_linearr", None, 3], "scheduler: "),
-    *values(SCHEDULER, "beta_start", [None, "small", float("nan"), -1, 2], "scheduler: "),
-    *values(SCHEDULER, "trained_betas", [[], [0.1], "betas"], "scheduler: "),
+    *values(SCHEDULER, "beta_schedule", ["scaled_linearr", None, 3], "scheduler_config.json: "),
+    *values(SCHEDULER, "beta_start", [None, "small", float("nan"), -1, 2], "scheduler_config.json: "),
+    *values(SCHEDULER, "trained_betas", [[], [0.1], "betas"], "scheduler_config.json: "),
     Case("pipeline", "betas with a typo", both(edited(SCHEDULER, beta_strat=1e-4), edited(SCHEDULER, "beta_start")),
          "beta_strat.*beta_start"),
     Case("pipeline", "a prediction type with a typo",
@@ -305,10 +314,10 @@ CASES = [
     # What the index of the pipeline says.
     Case("pipeline", "no folder of the UNet", lambda folder: shutil.rmtree(folder / "unet"), "unet"),
     Case("pipeline", "no folder of the tokenizer", lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
-    Case("pipeline", "nothing but an index", lambda folder: [shutil.rmtree(path) for path in folder.glob("*/")][0], ""),
+    Case("pipeline", "nothing but an index", emptied, "unet"),
     *values(INDEX, "_class_name", [["my_pipeline", "Pipeline"], None, 3], "_class_name"),
     *[Case("pipeline", f"a scheduler of another family: {name}",
-           both(edited(INDEX, scheduler=["diffusers", name]), edited(SCHEDULER, _class_name=name)), "scheduler: ")
+           both(edited(INDEX, scheduler=["diffusers", name]), edited(SCHEDULER, _class_name=name)), "scheduler")
       for name in OTHER_FAMILIES],
     *values(INDEX, "scheduler", [None, [None, None], ["diffusers", "NoScheduler"], ["diffusers", "AutoencoderKL"],
             ["my_scheduler", "Evil"], ["diffusers", "__doc__"], "DDIMScheduler"], "scheduler"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names, quiet_libraries
+from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -79,7 +79,6 @@ def main(arguments: Arguments = None) -> None:
     """Parse, score, print."""
     args = parse(arguments)
     # Imports that take seconds come after the arguments are known to be good.
-    quiet_libraries()
     from memorization.evaluation.calibration import Calibration, read_calibration
     from memorization.io.prompts import read_lists
     from memorization.models.loading import load_model

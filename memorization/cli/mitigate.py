@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, quiet_libraries, value
+from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, value
 from memorization.mitigations.base import DEFAULT_MITIGATION, MITIGATIONS
 from memorization.settings import Count, annotations_of, described
 
@@ -68,7 +68,6 @@ def main(arguments: Arguments = None) -> None:
     """Parse, mitigate, print."""
     args = parse(arguments)
     # Imports that take seconds come after the arguments are known to be good.
-    quiet_libraries()
     from memorization.evaluation.calibration import Calibration, read_calibration
     from memorization.models.loading import load_model
     from memorization.models.spec import find_model

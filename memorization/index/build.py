@@ -21,6 +21,7 @@ from memorization.io.files import LineFile, line_of, read_json, write_atomically
 from memorization.io.pictures import list_pictures, read_picture, to_tensor
 from memorization.io.prompts import find_picture, read_prompts
 from memorization.models.devices import pick_device
+from memorization.models.finite import check_finite
 from memorization.models.spec import ModelSpec
 from memorization.paths import ROOT, default_out, in_project
 
@@ -60,9 +61,11 @@ def build_index(
             cannot be had.
     """
     place = pick_device(device)
-    (describe, name), raw = descriptor(kind, size, model), kind == "pixels"
+    (describe, name, revision), raw = descriptor(kind, size, model), kind == "pixels"
     width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=place)).shape[1]
-    record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": name} if name else {})
+    record = {"kind": kind, "size": size and list(size), "width": width} | (
+        {"model": name, "revision": revision} if name else {}
+    )
     row = width * (1 if raw else 4)  # bytes
     with LineFile(folder / "items.jsonl", "another process is building this index") as items:
         if not (folder / "index.json").exists():
@@ -83,6 +86,7 @@ def build_index(
                 found = (
                     np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, place)
                 )
+                check_finite(torch.from_numpy(found), "the description", [item["path"] for item in added])
                 features.write(np.ascontiguousarray(found).tobytes())
                 features.flush()
                 items.append(added)

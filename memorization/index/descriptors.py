@@ -15,8 +15,8 @@ SSCD_PRESET = "amg-224"  # as AMG's authors feed it, since their gates are of it
 Describe = Callable[[Tensor], Tensor]
 
 
-def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tuple[Describe, str | None]:
-    """(what makes features, name of the network that makes them).
+def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tuple[Describe, str | None, str | None]:
+    """(what makes features, name of the network that makes them, what tells its weights from others).
 
     Features ``(n, width)`` of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable.
 
@@ -34,21 +34,24 @@ def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tu
         return interpolate(pictures, size, mode="bicubic", antialias=True)
 
     if kind == "pixels":
-        return lambda pictures: resized(pictures).flatten(1), None
+        return lambda pictures: resized(pictures).flatten(1), None, None
     if kind in NETWORKED and model is None:
         raise InputError(f"features {kind!r} need a checkpoint: --model FOLDER|HUB_ID")
     # Networks are imported where they are needed: an index of pixels needs none, and they take seconds.
     if kind == "latents" and model:
+        from memorization.models.checkpoint import identity_of
         from memorization.models.decoding import encode_pixels
         from memorization.models.loading import load_autoencoder
 
-        vae = load_autoencoder(model)
-        return lambda pictures: encode_pixels(vae.to(pictures.device), resized(pictures)).flatten(1), model
+        vae, folder = load_autoencoder(model)
+        revision = identity_of(folder, ["vae"])["vae"]
+        return lambda pictures: encode_pixels(vae.to(pictures.device), resized(pictures)).flatten(1), model, revision
     if kind == "clip" and model:
         from memorization.similarity.clip import Clip
 
-        return Clip(model).describe, model
+        clip = Clip(model)
+        return clip.describe, model, clip.revision
     from memorization.similarity.sscd import SSCD
 
     sscd = SSCD(SSCD_PRESET)
-    return sscd.describe, sscd.name
+    return sscd.describe, sscd.name, sscd.revision

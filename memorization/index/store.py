@@ -8,7 +8,6 @@ chunks. Features are the pictures themselves at a small size (``pixels``), their
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,7 +21,7 @@ from memorization.errors import InputError
 from memorization.index.approximate import NAME, Candidates
 from memorization.index.descriptors import Describe, descriptor
 from memorization.index.kinds import SIZED
-from memorization.io.files import read_json, read_whole_lines
+from memorization.io.files import read_json, read_whole_lines, sha256_of
 from memorization.io.pictures import read_picture
 from memorization.paths import ROOT
 from memorization.similarity.nl2 import l2
@@ -40,7 +39,7 @@ class Index:
         model: folder or hub id of the checkpoint, for ``clip`` and ``latents``.
         features: memory-mapped, ``(pictures, width)``.
         candidates: of the approximate search, where the index was compressed.
-        digest: tells its content from another's.
+        revision: tells the weights of the network that made it from others; None of an index that has none.
         paths, captions, files: of every picture: its name in the list, its text, and where it was read (a file of the
             project relative to it).
 
@@ -68,6 +67,7 @@ class Index:
             ) from None
         self.files = [item.get("file", item["path"]) for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32
+        self.folder, self.revision = folder, record.get("revision")
         features, shape = folder / "features.bin", (len(items), width)
         if not features.is_file() or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
             raise InputError(f"{features}: is missing or cut short; the same build command makes it whole")
@@ -75,11 +75,15 @@ class Index:
         compressed = folder / NAME
         found = approximately and compressed.exists()
         self.candidates = Candidates(compressed, len(items)) if found else None
-        # The features follow from what is listed here and from how they are made.
-        self.digest = hashlib.sha256(json.dumps([record, self.paths, self.captions]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells what it holds, and what finds it, from any other's: the sha256 of its files."""
+        names = ["index.json", "items.jsonl", "features.bin", *([NAME] if self.candidates else [])]
+        return hashlib.sha256("".join(sha256_of(self.folder / name) for name in names).encode()).hexdigest()[:16]
 
     @cached_property
     def describe(self) -> Describe:
@@ -88,9 +92,11 @@ class Index:
         Raises:
             InputError: the network cannot be had, or is another than the index was made with.
         """
-        describe, name = descriptor(self.kind, self.size, self.model)
+        describe, name, revision = descriptor(self.kind, self.size, self.model)
         if name != self.model:
             raise InputError(f"the index was made with {self.model}, here is {name}; build it anew")
+        if self.revision and revision != self.revision:  # earlier versions did not record it
+            raise InputError(f"the index was made with other weights of {self.model}; build it anew")
         return describe
 
     def vectors(self, rows: Sequence[int] | slice | np.ndarray) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -123,3 +125,15 @@ class LineFile:
 
     def __exit__(self, kind, error, trace) -> None:
         self.close()
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file; read again only where its size or time has changed."""
+    status = path.stat()
+    return _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, inode: int, size: int, time: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

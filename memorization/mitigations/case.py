@@ -11,7 +11,7 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline, UnconditionalPrediction
 from memorization.detectors.base import PromptDetector
-from memorization.models.generation import Guide
+from memorization.models.generation import Guide, detection_grid
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Case:
     uncond: UnconditionalPrediction = field(init=False)
 
     def __post_init__(self) -> None:
-        self.grid = self.pipe.detection_timesteps(self.grid_steps)
+        self.grid = detection_grid(self.pipe, self.grid_steps)
         timesteps = {self.grid[place] for detector in self.detectors.values() for place in detector.steps}
         with torch.no_grad():
             self.uncond = self.pipe.predict_uncond(self.noise, sorted(timesteps), self.batch_size)

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from memorization.errors import InputError
-from memorization.io.files import read_json
+from memorization.io.files import read_json, sha256_of
 from memorization.paths import ROOT
 
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines")
@@ -142,7 +141,10 @@ def load_network(cls: Any, folder: Path, dtype: torch.dtype = torch.float32) -> 
     for keys, problem in (
         (found["missing_keys"], "lacks the weight {}"),
         (unexpected, "holds the weight {}, for which its config has no place"),
-        ([mismatched[0] for mismatched in found["mismatched_keys"]], "the weight {} has another shape than its config says"),
+        (
+            [mismatched[0] for mismatched in found["mismatched_keys"]],
+            "the weight {} has another shape than its config says",
+        ),
     ):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
@@ -226,15 +228,3 @@ def _digest(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.suffix in SHAPING and path.is_file()):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file; read again only where its size or time has changed."""
-    status = path.stat()
-    return _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _sha256(path: Path, inode: int, size: int, time: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

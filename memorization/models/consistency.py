@@ -50,7 +50,7 @@ def _of_pipeline(pipe: LocalStableDiffusionPipeline) -> Iterator[str]:
     if unet.in_channels != unet.out_channels or unet.get("addition_embed_type") or unet.get("class_embed_type"):
         yield f"{UNET}: takes more than latents, timestep and text (inpainting, SDXL, ...)"
     if not _is_size(unet.sample_size):
-        yield f"{UNET}: sample_size = {unet.sample_size} is no size of latents"
+        yield f"{UNET}: sample_size = {unet.sample_size!r} is no size of latents"
     width = pipe.text_encoder.config.hidden_size
     if unet.get("encoder_hid_dim") is None and unet.cross_attention_dim != width:
         yield f"{UNET}: cross_attention_dim = {unet.cross_attention_dim}, but the text encoder gives {width}"
@@ -65,7 +65,7 @@ def _of_pipeline(pipe: LocalStableDiffusionPipeline) -> Iterator[str]:
 def _of_tokenizer(tokenizer: Any, text: Any) -> Iterator[str]:
     length, places = tokenizer.model_max_length, text.max_position_embeddings
     if not _is_count(length) or length > places:
-        yield f"{TOKENIZER}: model_max_length = {length} is no number up to the text encoder's {places} positions"
+        yield f"{TOKENIZER}: model_max_length = {length!r} is no number up to the text encoder's {places} positions"
     if (known := 1 + max(tokenizer.get_vocab().values(), default=0)) > text.vocab_size:
         yield f"{TOKENIZER}: the tokenizer knows {known} tokens, the text encoder {text.vocab_size}"
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id not in tokenizer("a").input_ids:
@@ -79,7 +79,7 @@ def _of_scheduler(scheduler: Any) -> Iterator[str]:
     if config.get("prediction_type") not in PREDICTION_TYPES:
         yield f"{SCHEDULER}: predicts {config.get('prediction_type')!r}, not one of {', '.join(PREDICTION_TYPES)}"
     if not _is_count(config.get("num_train_timesteps")):
-        yield f"{SCHEDULER}: num_train_timesteps = {config.get('num_train_timesteps')} is no number of timesteps"
+        yield f"{SCHEDULER}: num_train_timesteps = {config.get('num_train_timesteps')!r} is no number of timesteps"
     signal = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(signal, torch.Tensor):
         yield f"{SCHEDULER}: {name} is of another family than DDPM's; it has no alphas_cumprod"
@@ -94,19 +94,19 @@ def _of_scheduler(scheduler: Any) -> Iterator[str]:
     except Exception as error:  # whatever a value of the config does to it
         yield f"{SCHEDULER}: cannot be read as DDIM's ({error})"
         return
-    if not torch.allclose(ddim, signal, atol=1e-6):
+    if not torch.allclose(ddim.float(), signal.float(), atol=1e-6):
         yield f"{SCHEDULER}: {name} has another noise schedule than DDIM by the same config"
 
 
 def _of_vae(config: Any) -> Iterator[str]:
     scale = config.scaling_factor
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not (math.isfinite(scale) and scale > 0):
-        yield f"{VAE}: scaling_factor = {scale} is no number above 0"
+        yield f"{VAE}: scaling_factor = {scale!r} is no number above 0"
 
 
 def _of_pixel_model(unet: Any, scheduler: Any) -> Iterator[str]:
     if not _is_count(unet.sample_size):
-        yield f"{UNET}: sample_size = {unet.sample_size} is no side of square pictures"
+        yield f"{UNET}: sample_size = {unet.sample_size!r} is no side of square pictures"
     if unet.in_channels != unet.out_channels:
         yield f"{UNET}: gives {unet.out_channels} channels of {unet.in_channels}; learned variances are not read"
     if scheduler.config.get("prediction_type") != "epsilon":

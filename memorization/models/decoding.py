@@ -12,6 +12,7 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.pictures import read_picture, to_bytes, to_tensor
+from memorization.models.finite import check_finite
 
 
 def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
@@ -25,12 +26,14 @@ def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
     """Scaled latents ``(pictures, c, h, w)``, float32, of pictures brought to the model's size; the posterior's mean.
 
     Raises:
-        InputError: a file is no picture.
+        InputError: a file is no picture, or its latents are not finite.
     """
     size = pipe.unet.config.sample_size
     height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
     pictures = np.stack([read_picture(Path(path), (height, width)) for path in paths])
-    return encode_pixels(pipe.vae, to_tensor(pictures))
+    latents = encode_pixels(pipe.vae, to_tensor(pictures))
+    check_finite(latents, "the encoded picture", paths)
+    return latents
 
 
 def decode_pixels(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: int = 8) -> Tensor:
@@ -39,7 +42,18 @@ def decode_pixels(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: 
     return torch.cat([pipe.vae.decode(chunk).sample.float() for chunk in chunks])
 
 
-def decode(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: int = 8) -> Iterator[np.ndarray]:
-    """Pictures, uint8 ``(h, w, 3)``, of scaled latents ``(rows, c, h, w)``."""
-    for chunk in latents.split(at_once):
-        yield from to_bytes(decode_pixels(pipe, chunk))
+def decode(
+    pipe: LocalStableDiffusionPipeline, latents: Tensor, names: Sequence[str] = (), at_once: int = 8
+) -> Iterator[np.ndarray]:
+    """Pictures, uint8 ``(h, w, 3)``, of scaled latents ``(rows, c, h, w)``.
+
+    Args:
+        names: of the rows, for a message.
+
+    Raises:
+        InputError: a picture is not finite; names its row.
+    """
+    for start in range(0, len(latents), at_once):
+        pictures = decode_pixels(pipe, latents[start : start + at_once])
+        check_finite(pictures, "the decoded picture", names[start : start + at_once])
+        yield from to_bytes(pictures)

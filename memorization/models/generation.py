@@ -5,7 +5,7 @@ A row is a pair of prompt and noise. Rows do not depend on one another, so any n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline, NoisePrediction
+from memorization.errors import InputError
 from memorization.models.attention import Attention, AttentionRecorder
+from memorization.models.finite import check_finite
 
 Guide = Callable[[int, NoisePrediction], Tensor]  # (step, prediction) -> the noise prediction that the sampler follows
 
@@ -37,6 +39,18 @@ class Step(NamedTuple):
     attention: Attention | None
 
 
+def detection_grid(pipe: LocalStableDiffusionPipeline, steps: int) -> list[int]:
+    """The timesteps of the DDIM grid that detectors and generations share, noisiest first.
+
+    Raises:
+        InputError: the checkpoint was trained on too few timesteps for so many.
+    """
+    trained = pipe.scheduler.config.num_train_timesteps
+    if trained // steps * (steps - 1) + 1 >= trained or steps > trained:  # of "leading" spacing, offset 1
+        raise InputError(f"--steps {steps}: the checkpoint was trained on {trained} timesteps, too few for such a grid")
+    return pipe.detection_timesteps(steps)
+
+
 def generate(
     pipe: LocalStableDiffusionPipeline,
     prompt_embeds: Tensor,
@@ -48,6 +62,7 @@ def generate(
     guide: Guide | None = None,
     ends: Tensor | None = None,
     attention_steps: Collection[int] = (),
+    names: Sequence[str] = (),
 ) -> Iterator[Step]:
     """DDIM (eta 0) from pure noise, on the detectors' grid, with classifier-free guidance.
 
@@ -58,7 +73,12 @@ def generate(
         guide: (step, prediction) -> the noise prediction to follow; classifier-free guidance where there is none.
         ends: from :func:`end_of_text`, a value a row; needed where attention is recorded.
         attention_steps: indices of the steps whose attention is recorded.
+        names: of the rows, for a message.
+
+    Raises:
+        InputError: the clean latents are not finite; names the row. Or the checkpoint knows too few timesteps.
     """
+    detection_grid(pipe, steps)
     scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, prediction_type="epsilon",
         clip_sample=False, thresholding=False,
@@ -81,3 +101,4 @@ def generate(
         attention = recorder.attention() if recorder else None
         yield Step(index, prediction, result.pred_original_sample, result.prev_sample, attention)
         latents = result.prev_sample
+    check_finite(latents, "the generated picture", names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,16 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def check_named(folder: Path, index: dict, part: str, classes: tuple[str, ...]) -> None:
+def check_named(folder: Path, index: dict, part: str, classes: Collection[str]) -> None:
     """See that the index of a pipeline names one of ``classes`` of diffusers or transformers for a part.
 
     Raises:
         InputError: it names none, or something else, such as code of its own.
     """
     named = index.get(part)
-    if not isinstance(named, list) or named[:1] not in (["diffusers"], ["transformers"]) or named[1] not in classes:
-        raise InputError(f"{folder}/model_index.json: {part} = {named} is no {classes[0]}")
+    if named not in [[library, name] for library in ("diffusers", "transformers") for name in classes]:
+        known = next(iter(classes)) if len(classes) <= 2 else f"{part} of diffusers"
+        raise InputError(f"{folder}/model_index.json: {part} = {named} is no {known}")
 
 
 def load_scheduler(folder: Path, index: dict) -> Any:
@@ -139,8 +141,7 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     Raises:
         InputError: it is none of diffusers', or its config is missing or damaged.
     """
-    schedulers = {name for name in dir(diffusers) if name.endswith("Scheduler")}
-    check_named(folder, index, "scheduler", tuple(sorted(schedulers, key=lambda name: name != "DDIMScheduler")))
+    check_named(folder, index, "scheduler", [name for name in dir(diffusers) if name.endswith("Scheduler")])
     path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise InputError(f"{path}: {cls.__name__} is no scheduler that works with torch")
@@ -152,8 +153,8 @@ def load_scheduler(folder: Path, index: dict) -> Any:
         raise InputError(f"{path}: no {cls.__name__} can be made of it ({in_short(error)})") from None
 
 
-def load_autoencoder(identifier: str) -> AutoencoderKL:
-    """The autoencoder of a Stable Diffusion checkpoint, float32, its weights frozen.
+def load_autoencoder(identifier: str) -> tuple[AutoencoderKL, Path]:
+    """The autoencoder of a Stable Diffusion checkpoint, float32, its weights frozen, and the checkpoint's folder.
 
     Args:
         identifier: a name, folder or hub id.
@@ -165,7 +166,7 @@ def load_autoencoder(identifier: str) -> AutoencoderKL:
     folder = find_folder(find_model(identifier).ids, lambda name: fetch_part(name, "vae/", stem))
     vae = load_network(AutoencoderKL, folder / "vae")
     check_autoencoder(vae, folder)
-    return vae
+    return vae, folder
 
 
 def folder_of(pipe: LocalStableDiffusionPipeline | DDPMPipeline) -> Path:

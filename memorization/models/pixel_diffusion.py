@@ -17,6 +17,7 @@ from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
 from memorization.models.checkpoint import find_folder, load_network
 from memorization.models.consistency import check_pixel_model
+from memorization.models.finite import check_finite
 from memorization.models.generation import Guide
 from memorization.models.loading import check_named, load_scheduler, read_index
 
@@ -65,10 +66,15 @@ def sample_pixels(
         labels: class of every picture, ``(n,)``, for a class-conditional model.
         sampler: ``ddim`` (eta 0) or ``ddpm``.
         guide: what the sampler follows at each step; it is given the same prediction as both halves.
+
+    Raises:
+        InputError: the model knows fewer timesteps than ``steps``, or a picture is not finite.
     """
     unet, device = pipe.unet, pipe.unet.device
     size = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    if steps > scheduler.config.num_train_timesteps:
+        raise InputError(f"--steps {steps}: the model was trained on {scheduler.config.num_train_timesteps} timesteps")
     scheduler.set_timesteps(steps)
     generators = [generator_of(seed, i) for i in numbers]
     x = torch.cat([torch.randn(1, *size, generator=generator) for generator in generators]).to(device)
@@ -79,4 +85,5 @@ def sample_pixels(
             alpha_bar = scheduler.alphas_cumprod[t].item()
             eps = guide(index, NoisePrediction(t, x, eps, eps, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, "epsilon"))
         x = scheduler.step(eps, t, x, generator=generators).prev_sample  # ty: ignore[invalid-argument-type]
+    check_finite(x, "the generated picture", [f"picture {number}" for number in numbers])
     return x.clamp(-1, 1).cpu()

@@ -106,7 +106,8 @@ def detect(
     batch_size = scoring.batch_size or default_batch_size(pipe)
     make_scorer, further = _scorer_for(model, listed, detectors, scoring, calibration)
     settings = {
-        "model": model.name, "revision": revision_of(pipe), "prompts": listed.hashes,
+        "model": model.name, "revision": revision_of(pipe, pictures="images" in listed.hashes),
+        "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
         "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size, **further,
     }  # fmt: skip

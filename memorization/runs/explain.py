@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from memorization.detectors.explain import Significance, token_significance
 from memorization.evaluation.metrics import noise_mean
+from memorization.models.generation import detection_grid
 from memorization.models.loading import Model
 from memorization.runs.detect import Scoring
 
@@ -23,7 +24,7 @@ def explain(
     ranked = sorted(((noise_mean(row[by]), row["prompt"]) for row in rows), key=lambda pair: -pair[0])
     chosen = ranked[:10] if threshold is None else [pair for pair in ranked if pair[0] >= threshold]
     pipe = model.pipe
-    latents, t = pipe.pure_noise(scoring.noises, scoring.seed), pipe.detection_timesteps(scoring.steps)[0]
+    latents, t = pipe.pure_noise(scoring.noises, scoring.seed), detection_grid(pipe, scoring.steps)[0]
     with torch.no_grad():
         uncond = pipe.predict_uncond(latents, [t]).eps[t]
     return [(score, token_significance(pipe, prompt, latents, t, uncond)) for score, prompt in tqdm(chosen, "explain")]

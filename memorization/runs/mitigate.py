@@ -197,8 +197,8 @@ def mitigate_list(
         return Mitigated([], frame, None, noises)
     judge = make_judge(model.pipe, prompts.known, spec.clip if clip is None else clip, sscd)
     settings = {
-        "model": model.name, "revision": revision_of(model.pipe), "method": mitigation.name, **mitigation.record(),
-        "level": level, "threshold": threshold,
+        "model": model.name, "revision": revision_of(model.pipe, pictures=True),
+        "method": mitigation.name, **mitigation.record(), "level": level, "threshold": threshold,
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": noises,
         "seed": plan.seed, "steps": plan.steps, "grid_steps": cases.grid_steps,
         "guidance_scale": cases.guidance_scale, "dtype": model.dtype, "batch_size": cases.batch_size,

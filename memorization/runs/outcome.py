@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from memorization.detectors.base import SCORED_BY
 from memorization.errors import InputError
 from memorization.mitigations.base import Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.models.finite import check_finite
 from memorization.runs.sampling import sample
 from memorization.similarity.judge import Judge
 
@@ -58,9 +58,7 @@ def scores_of(case: Case, remedy: Remedy, name: str = SCORED_BY) -> list[float]:
     else:
         alone = zip(remedy.latents, remedy.embeds.split(1), strict=True)
         scores = [replace(case, noise=latents).score(name, embed).item() for latents, embed in alone]
-    for score, prompt in zip(scores, case.prompts, strict=True):
-        if not math.isfinite(score):
-            raise InputError(f"{name} is NaN or infinite for {prompt!r}; try --dtype float32")
+    check_finite(torch.tensor(scores), name, case.prompts)
     return [float(f"{score:.6g}") for score in scores]
 
 

@@ -19,7 +19,8 @@ from memorization.detectors.base import (
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, Bands, noises_needed
 from memorization.models.attention import end_of_text
-from memorization.models.generation import generate
+from memorization.models.finite import check_finite
+from memorization.models.generation import detection_grid, generate
 from memorization.models.predictor import Predictor
 
 
@@ -58,11 +59,14 @@ class Scorer:
             raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
         if any(detector.forward_mode for detector in detectors):
             pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
-        grid = pipe.detection_timesteps(steps)
+        grid = detection_grid(pipe, steps)
         one_step = [*self.prompt, *self.gradient]
         for detector in one_step:
             if max(detector.steps) >= steps:
                 raise InputError(f"{detector.name} reads step {max(detector.steps)} of the grid: give more --steps")
+        trained = pipe.scheduler.config.num_train_timesteps
+        if late := [detector for detector in detectors if getattr(detector, "timestep", 0) >= trained]:
+            raise InputError(f"{late[0].name}: the checkpoint was trained on {trained} timesteps, counted from 0")
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
         self.latents = pipe.pure_noise(first_noise + noises, seed)[first_noise:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
@@ -107,6 +111,7 @@ class Scorer:
         ends = end_of_text(self.pipe, prompts)
         parts: dict[str, list[Tensor]] = {}
         for pairs in torch.arange(len(prompts) * noises, device=embeds.device).split(max(1, self.batch_size // 2)):
+            owners = (pairs // noises).tolist()
             row_embeds, latents = embeds[pairs // noises], self.latents[pairs % noises]
             predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
             kept = [[] for _ in self.generation]
@@ -114,6 +119,7 @@ class Scorer:
                 self.pipe, row_embeds, self.uncond.embedding, latents,
                 steps=self.steps, guidance_scale=self.guidance_scale,
                 ends=ends[pairs // noises], attention_steps=recorded,
+                names=[prompts[i] for i in owners],
             ):  # fmt: skip
                 for detector, of_steps in zip(self.generation, kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))
@@ -173,9 +179,7 @@ def as_rows(values: dict[str, Tensor], names: Sequence[str]) -> list[dict[str, l
     """
     columns = {name: _rounded(value.float().cpu().tolist()) for name, value in values.items()}
     for name, value in values.items():
-        if not value.isfinite().all():
-            broken = names[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
-            raise InputError(f"{name} is NaN or infinite for {broken!r}; try --dtype float32")
+        check_finite(value, name, names)
     return [{name: rows[i] for name, rows in columns.items()} for i in range(len(names))]
 
 

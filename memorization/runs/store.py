@@ -111,7 +111,7 @@ class ResultStore:
                 raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
             return {}
         earlier = read_json(path)
-        stored, wanted = earlier.get("settings", {}), json.loads(json.dumps(settings))
+        stored, wanted = _flat(earlier.get("settings", {})), _flat(json.loads(json.dumps(settings)))
         changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
         if changed:
             what = "; ".join(f"{key}: {stored.get(key)} there, {wanted.get(key)} asked" for key in changed)
@@ -145,6 +145,14 @@ class ResultStore:
 
 
 Store = ResultStore | MemoryStore
+
+
+def _flat(settings: dict, of: str = "") -> dict:
+    """Settings with those in them beside them, as ``revision.unet``: what differs is named, and nothing else."""
+    found = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{of}{key}.") if isinstance(value, dict) and value else {f"{of}{key}": value}
+    return found
 
 
 def _environment() -> dict:

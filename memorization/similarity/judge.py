@@ -13,6 +13,7 @@ those whose names begin with ``nl2`` lower is nearer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.pictures import read_picture, to_tensor
+from memorization.models.finite import check_finite
 from memorization.similarity.clip import Clip
 from memorization.similarity.nl2 import NEIGHBOURS, l2, normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
@@ -77,6 +79,11 @@ class TrainingPictures:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def revision(self) -> str:
+        """Tells the pictures from others."""
+        return f"sha256:{hashlib.sha256(np.ascontiguousarray(self.pictures)).hexdigest()}"
+
 
 @dataclass
 class Judge:
@@ -99,8 +106,11 @@ class Judge:
 
     def __post_init__(self) -> None:
         pictures = self.training.pictures
+        networks = {"clip": self.clip, "sscd": self.sscd}
         self.description = {
-            "clip": self.clip and self.clip.name, "sscd": self.sscd and self.sscd.name, "training": len(self.training),
+            **{name: network and network.name for name, network in networks.items()}, "training": len(self.training),
+            "revision": {**{name: network.revision for name, network in networks.items() if network},
+                         "training": self.training.revision},
         } | ({"others": sorted(self.others)} if self.others else {})  # fmt: skip
         self._place = {file: i for i, file in enumerate(self.training.files)}
         self._pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
@@ -123,6 +133,9 @@ class Judge:
             pictures: uint8 ``(n, h, w, 3)``.
             prompt: what was asked for, before any change.
             image: its training picture, one of the known files.
+
+        Raises:
+            InputError: a value is not finite; names the prompt.
         """
         values: dict[str, Sequence[float]] = {}
         features = None
@@ -135,6 +148,8 @@ class Judge:
             values[measure] = (nearest if image is None else table[:, self._place[image]]).tolist()
         for name, measure in self.others.items():
             values[name] = measure(pictures, prompt)
+        for name, column in values.items():
+            check_finite(torch.tensor(column), name, [prompt or "a picture"] * len(pictures))
         return {name: [round(float(value), 4) for value in column] for name, column in values.items()}
 
     def _tables(self, pictures: np.ndarray, features: Tensor | None) -> dict[str, Tensor]:

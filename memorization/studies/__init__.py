@@ -1,5 +1,9 @@
 """Studies: ``python -m memorization.studies.<name>``, each a table and a picture."""
 
+from memorization.flags import quiet_libraries
+
+quiet_libraries()  # a study imports the libraries before its command begins
+
 STUDIES = {
     "amg": "the tables of AMG on a text-conditional model",
     "amg_pixel": "AMG on a pixel-space model",

@@ -89,7 +89,7 @@ def fill_ablated(comparison: Comparison, bench: Bench, folder: str) -> None:
     """Plain sampling of another model: the row ``ablation``."""
     device, dtype = bench.subject.pipe.device, bench.subject.settings["dtype"]
     pipe = load_pipeline(find_model(folder), dtype, device, pictures=True)
-    comparison.fill(Row(ABLATION, ABLATION, revision=revision_of(pipe)), bench.batches(None, pipe))
+    comparison.fill(Row(ABLATION, ABLATION, revision=revision_of(pipe, pictures=True)), bench.batches(None, pipe))
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def main(arguments: Arguments = None) -> None:
     out = args.out or ROOT / "results/local/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
         "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
-        "revision": revision_of(pipe), "judge": judge.description, "index": index.digest,
+        "revision": revision_of(pipe, pictures=False), "judge": judge.description, "index": index.digest,
     }  # fmt: skip
     labels, rows = labels_of(index, args.count) if classes else None, rows_of(amg)
     with ResultStore(out, settings, {}) as store:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
     name: str
     method: str
     mitigation: Mitigation | None = None
-    revision: str = ""
+    revision: Mapping[str, str] | None = None
 
     @property
     def strength(self) -> float | None:

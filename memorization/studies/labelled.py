@@ -62,7 +62,7 @@ def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False
         raise InputError(f"{path}: the {args.split} rows need labels of both classes, 0 and 1")
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=pictures)
     settings = {
-        "model": args.model, "revision": revision_of(model.pipe),
+        "model": args.model, "revision": revision_of(model.pipe, pictures=pictures),
         "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),
         "split": args.split, "seed": args.seed, "dtype": model.dtype,
     }  # fmt: skip

@@ -23,6 +23,7 @@ from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
 from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.models.generation import detection_grid
 from memorization.studies.labelled import Subject, add_arguments, open_subject, scored
 
 
@@ -97,7 +98,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
 
 def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     """The lines of the store, and place -> timestep."""
-    grid = subject.pipe.detection_timesteps()
+    grid = detection_grid(subject.pipe, 50)
     places = tuple(sorted({*range(0, len(grid), args.every), len(grid) - 3, len(grid) - 1}))
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
     settings = {"places": list(places), "generation": not args.no_generation, "num_images": args.noises}
