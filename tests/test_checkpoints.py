@@ -8,21 +8,35 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import detect_mem
+import mitigate_mem
 from memorization.errors import InputError
+from memorization.index.build import build_index
+from memorization.index.store import Index
+from memorization.mitigations.case import Remedy
+from memorization.models.decoding import encode
+from memorization.models.generation import detection_grid
 from memorization.models.loading import load_autoencoder, load_pipeline
-from memorization.models.pixel_diffusion import load_pixel_model
+from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
 from memorization.models.spec import ModelSpec
+from memorization.runs.cases import Cases
+from memorization.runs.sampling import sample
 from memorization.similarity.clip import Clip
+from memorization.similarity.judge import Judge, TrainingPictures
 
 SHIPPED = GOLDEN.parent.parent / "testbed" / "models"
 Damage = Callable[[Path], None]
@@ -200,7 +214,7 @@ def config_cases(kind: str, file: str) -> list[Case]:
     """Everything that may be wrong with any config."""
     code, bare = "no code of a checkpoint is run", re.escape(Path(file).name)
     damages = {
-        "missing": (without(file), f"{bare}: .*cannot be read"),
+        "missing": (without(file), f"{bare}"),
         "empty": (written(file, b""), f"{bare}: .*cannot be read"),
         "torn": (truncated(file, 0.5), f"{bare}: .*cannot be read"),
         "a list": (dumped(file, []), f"{bare}: .*no table"),
@@ -209,7 +223,7 @@ def config_cases(kind: str, file: str) -> list[Case]:
         "of nothing": (dumped(file, {}), f"{bare}: "),
         "not UTF-8": (written(file, b'{"a": "\xff\xfe"}'), f"{bare}: .*cannot be read"),
         "nested without end": (written(file, b'{"a":' + b"[" * 99999), f"{bare}: .*cannot be read"),
-        "a folder": (a_folder(file), f"{bare}: .*cannot be read"),
+        "a folder": (a_folder(file), f"{bare}"),
         "code of its own": (edited(file, auto_map={"AutoModel": "evil.Model"}), f"{bare}: auto_map.*{code}"),
         "code, nested": (edited(file, extra={"auto_map": {"AutoModel": "evil.Model"}}), f"{bare}: auto_map.*{code}"),
         "a pipeline of its own": (edited(file, custom_pipeline="evil"), f"{bare}: custom_pipeline.*{code}"),
@@ -276,6 +290,9 @@ CASES = [
     Case("pipeline", "an activation with a typo", edited(TEXT, hidden_act="quik_gelu"), "text_encoder: .*quik_gelu"),
     Case("pipeline", "a UNet of another width", edited(UNET, block_out_channels=[32, 32]), "unet: .*shape"),
     Case("pipeline", "a block with a typo", edited(UNET, down_block_types=["DownBlok2D", "DownBlock2D"]), "DownBlok2D"),
+    Case("pipeline", "a UNet that paints in holes",
+         both(weights(f"unet/{DIFFUSERS}", lambda w: {**w, "conv_in.weight": w["conv_in.weight"].repeat(1, 2, 1, 1)}),
+              edited(UNET, in_channels=8)), "more than latents"),
     Case("pipeline", "a UNet for other text", edited(UNET, cross_attention_dim=24), "unet: "),
     Case("pixel", "a UNet of another width", edited(UNET, block_out_channels=[32, 32]), "unet: "),
     # Numbers that everything hangs on.
@@ -314,7 +331,7 @@ CASES = [
     # What the index of the pipeline says.
     Case("pipeline", "no folder of the UNet", lambda folder: shutil.rmtree(folder / "unet"), "unet"),
     Case("pipeline", "no folder of the tokenizer", lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
-    Case("pipeline", "nothing but an index", emptied, "unet"),
+    Case("pipeline", "nothing but an index", emptied, "no such file"),
     *values(INDEX, "_class_name", [["my_pipeline", "Pipeline"], None, 3], "_class_name"),
     *[Case("pipeline", f"a scheduler of another family: {name}",
            both(edited(INDEX, scheduler=["diffusers", name]), edited(SCHEDULER, _class_name=name)), "scheduler")
@@ -381,3 +398,177 @@ def test_a_damaged_checkpoint_is_one_clear_line(case, damaged, shut):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_checkpoint_is_loaded(kind, damaged, shut):
     assert KINDS[kind].load(str(damaged(Case(kind, "", lambda folder: None, ""))))
+
+
+def test_enough_cases():
+    """docs/reliability.md gives their number."""
+    said = (GOLDEN.parent.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"{len(CASES)} damaged checkpoints" in said
+    assert len({_key(case) for case in CASES}) == len(CASES)
+
+
+# What a run depends on: the file that is changed, and the setting that is named. The change leaves the model whole.
+def scaled(file: str) -> Damage:
+    return weights(file, lambda w: {name: value * 1.01 for name, value in w.items()})
+
+
+CHANGES = {
+    f"unet/{DIFFUSERS}": ("revision.unet", scaled(f"unet/{DIFFUSERS}")),
+    UNET: ("revision.unet", edited(UNET, norm_eps=1e-3)),
+    f"text_encoder/{TRANSFORMERS}": ("revision.text_encoder", scaled(f"text_encoder/{TRANSFORMERS}")),
+    TEXT: ("revision.text_encoder", edited(TEXT, layer_norm_eps=1e-3)),
+    SCHEDULER: ("revision.scheduler", edited(SCHEDULER, prediction_type="v_prediction")),
+    "the schedule": ("revision.scheduler", edited(SCHEDULER, beta_end=0.011)),
+    TOKENIZER: ("revision.tokenizer", edited(TOKENIZER, model_max_length=32)),
+    "tokenizer/merges.txt": ("revision.tokenizer", written("tokenizer/merges.txt", b"#version: 0.2\nk i\n")),
+}
+OF_PICTURES = {
+    f"vae/{DIFFUSERS}": ("revision.vae", scaled(f"vae/{DIFFUSERS}")),
+    VAE: ("revision.vae", edited(VAE, scaling_factor=0.2)),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *OF_PICTURES])
+def test_a_run_is_refused_whose_checkpoint_has_changed(name, damaged, tmp_path, run_script, prompt_file):
+    """Of pictures, where the autoencoder counts; prompts are scored without one, and go on."""
+    setting, change = {**CHANGES, **OF_PICTURES}[name]
+    folder = damaged(Case("pipeline", name, lambda folder: None, ""))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (80 * number, 9, 9)).save(pictures / f"{number}.png")
+    of_prompts = ("--prompts", prompt_file, "--out", tmp_path / "prompts")
+    of_pictures = ("--images", pictures, "--out", tmp_path / "run")
+    runs = [("--model", folder, "--device", "cpu", "--dtype", "float32", *own) for own in (of_prompts, of_pictures)]
+    for arguments in runs:
+        run_script(detect_mem, *arguments)
+    change(folder)
+    for arguments in runs[name in OF_PICTURES :]:
+        with pytest.raises(InputError, match=rf"holds a run with other settings \({setting}: sha256:\w+ there"):
+            run_script(detect_mem, *arguments)
+    if name in OF_PICTURES:
+        run_script(detect_mem, *runs[0])
+
+
+def test_a_judge_is_told_from_others(tmp_path):
+    """By its CLIP's files and by the training pictures' content, not by their names."""
+    clip = tmp_path / "clip"
+    shutil.copytree(SHIPPED / "clip", clip, copy_function=os.link)
+    picture = tmp_path / "a.png"
+
+    def described(shade: int) -> dict:
+        Image.new("RGB", (64, 64), (shade, 9, 9)).save(picture)
+        return Judge(TrainingPictures.read([picture], (64, 64)), Clip(str(clip))).description["revision"]
+
+    first, same, other = described(1), described(1), described(2)
+    assert first == same and first["training"] != other["training"] and first["clip"] == other["clip"]
+    scaled(TRANSFORMERS)(clip)
+    assert described(1)["clip"] != first["clip"]
+
+
+def test_an_index_is_told_from_others(tmp_path):
+    """By its features, and by the weights that made them; weights that changed since are refused."""
+    clip, picture = tmp_path / "clip", tmp_path / "pictures" / "a.png"
+    shutil.copytree(SHIPPED / "clip", clip, copy_function=os.link)
+    picture.parent.mkdir()
+    digests = set()
+    for number, shade in enumerate((1, 200)):
+        Image.new("RGB", (64, 64), (shade, 9, 9)).save(picture)
+        index = build_index(picture.parent, tmp_path / f"index{number}", "clip", model=str(clip))
+        digests.add(index.digest)
+    assert len(digests) == 2
+    scaled(TRANSFORMERS)(clip)
+    with pytest.raises(InputError, match="made with other weights"):
+        Index(tmp_path / "index0").describe  # noqa: B018 - read for what it raises
+    with pytest.raises(InputError, match="holds an index of another kind, size or network"):
+        build_index(picture.parent, tmp_path / "index0", "clip", model=str(clip))
+
+
+# Numbers that are none: where they come from, and what is said of them.
+NAN = {
+    "the UNet's last layer": (f"unet/{DIFFUSERS}", "conv_out.bias"),
+    "the text encoder": (f"text_encoder/{TRANSFORMERS}", "text_model.final_layer_norm.weight"),
+    "the decoder": (f"vae/{DIFFUSERS}", "decoder.conv_out.bias"),
+    "the decoder's middle": (f"vae/{DIFFUSERS}", "post_quant_conv.weight"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAN)
+def test_no_picture_is_made_of_what_is_no_number(name, value, damaged):
+    file, key = NAN[name]
+    spoil = weights(file, lambda w: {**w, key: torch.full_like(w[key], value)})
+    pipe = load_stable_diffusion(str(damaged(Case("pipeline", name, spoil, ""))))
+    cases = Cases(pipe, pipe.pure_noise(1, 0), 3, 7.5, 51, 2)
+    for case in cases.batches(["red kite", "two boats"]):
+        with pytest.raises(InputError, match=r"NaN or infinite for '(red kite|two boats)'; try --dtype float32"):
+            sample(case, Remedy.unchanged(case))
+
+
+@pytest.mark.parametrize("key", ["encoder.conv_in.bias", "quant_conv.weight"])
+def test_no_picture_is_read_into_what_is_no_number(key, damaged, tmp_path):
+    spoil = weights(f"vae/{DIFFUSERS}", lambda w: {**w, key: torch.full_like(w[key], torch.nan)})
+    pipe = load_stable_diffusion(str(damaged(Case("pipeline", key, spoil, ""))))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"the encoded picture is NaN or infinite for '.*a\.png'"):
+        encode(pipe, [str(tmp_path / "a.png")])
+
+
+def test_no_pixels_are_made_of_what_is_no_number(damaged):
+    spoil = weights(
+        f"unet/{DIFFUSERS}", lambda w: {**w, "conv_out.bias": torch.full_like(w["conv_out.bias"], torch.inf)}
+    )
+    pipe = load_pixel_model(str(damaged(Case("pixel", "", spoil, ""))))
+    with pytest.raises(InputError, match="NaN or infinite for 'picture 7'"):
+        sample_pixels(pipe, [7], steps=3)
+    with pytest.raises(InputError, match="--steps 2000: the model was trained on 1000 timesteps"):
+        sample_pixels(pipe, [7], steps=2000)
+
+
+def test_no_picture_is_judged_by_what_is_no_number(damaged):
+    spoil = weights(
+        TRANSFORMERS, lambda w: {**w, "visual_projection.weight": w["visual_projection.weight"] * torch.nan}
+    )
+    clip = Clip(str(damaged(Case("clip", "", spoil, ""))))
+    judge = Judge(TrainingPictures.read([], (64, 64)), clip)
+    with pytest.raises(InputError, match="clip is NaN or infinite for 'a kite'"):
+        judge(np.zeros((2, 64, 64, 3), np.uint8), "a kite")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf", "-1", "-0.001", "seven"])
+def test_a_guidance_scale_is_a_number(scale, run_script, prompt_file):
+    for module in (detect_mem, mitigate_mem):
+        with pytest.raises(InputError, match=f"--guidance-scale.* {scale} is no number of at least 0"):
+            run_script(module, "--model", GOLDEN / "tiny-eps", "--prompts", prompt_file, f"--guidance-scale={scale}")
+
+
+@pytest.mark.parametrize(("trained", "steps"), [(20, 50), (50, 50), (400, 500), (3, 3), (2, 3)])
+def test_more_steps_than_the_model_was_trained_on(trained, steps, damaged, run_script, prompt_file, tmp_path):
+    folder = damaged(Case("pipeline", "", edited(SCHEDULER, num_train_timesteps=trained), ""))
+    said = f"--steps {steps}: the checkpoint was trained on {trained} timesteps, too few for such a grid"
+    with pytest.raises(InputError, match=said):
+        run_script(detect_mem, "--model", folder, "--prompts", prompt_file, "--steps", steps, "--out", tmp_path / "run")
+    with pytest.raises(InputError, match=said):
+        detection_grid(load_stable_diffusion(str(folder)), steps)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "memorization.studies.timestep_sweep", "--model", "no/such/folder", "--prompts", "prompts/testbed.csv"),
+        (
+            "mitigate_mem.py",
+            "--model",
+            "no/such/folder",
+            "--all",
+            "--method",
+            "cwr",
+            "--prompts",
+            "prompts/testbed.csv",
+        ),
+    ],
+)
+def test_standard_error_is_one_line_of_ours(command):
+    done = subprocess.run([sys.executable, *command], cwd=GOLDEN.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: no/such/folder: no such folder.*\n", done.stderr), done.stderr

@@ -124,7 +124,7 @@ def test_commands(run_script, folder, tmp_path, capsys):
         (("build", listed, "--out", tmp_path / "other", "--features", "clip"), "and --model, go together"),
         (
             ("build", listed, "--out", tmp_path / "other", "--features", "latents", "--model", tmp_path),
-            "no autoencoder",
+            "no config.json in this folder; a AutoencoderKL",
         ),
     ):
         with pytest.raises(InputError, match=message):

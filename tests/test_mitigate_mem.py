@@ -109,7 +109,7 @@ def test_rewriting_shows_what_was_changed():
         (("--limit", 0), "--limit: 0 is no whole number of at least 1"),
         (("--threshold", "nan"), "--threshold: nan is no number or auto"),
         (("--calibration", "none"), "no calibrated threshold"),
-        (("--clip", "missing"), "cannot be loaded as a CLIP model"),
+        (("--clip", "missing"), "missing: no folder, and the hub does not give it"),
         (("--dtype", "float16"), "gradients are lost in float16"),
         (("--prompts", "missing.txt"), "no such file"),
         (("--steps", 1), "--steps: 1 is no whole number from 3 to 500"),

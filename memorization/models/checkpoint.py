@@ -72,6 +72,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is none, or names code, other files or kernels; names the file.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
         config = read_json(path)
     except RecursionError:
@@ -158,6 +160,8 @@ def _is_harmless(cls: type, key: str) -> bool:
 
 def _check_class(cls: Any, path: Path, diffusers: bool) -> None:
     """See that a config is one of ``cls``."""
+    if not path.is_file():
+        raise InputError(f"{path.parent}: no config.json in this folder; a {cls.__name__} is wanted")
     if path.with_name("adapter_config.json").exists():
         raise InputError(f"{path.with_name('adapter_config.json')}: adapters are not loaded; merge it into the weights")
     if diffusers:

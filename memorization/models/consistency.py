@@ -40,6 +40,11 @@ def check_pixel_model(unet: Any, scheduler: Any, folder: Path) -> None:
     _raise_first(_of_pixel_model(unet.config, scheduler), folder)
 
 
+def check_scheduler(scheduler: Any, folder: Path) -> None:
+    """See that a scheduler says how noise grows in the way that detectors read; raises as :func:`check_pipeline`."""
+    _raise_first(_of_scheduler(scheduler), folder)
+
+
 def _raise_first(problems: Iterator[str], folder: Path) -> None:
     for problem in problems:
         raise InputError(f"{folder}/{problem}")
@@ -55,7 +60,6 @@ def _of_pipeline(pipe: LocalStableDiffusionPipeline) -> Iterator[str]:
     if unet.get("encoder_hid_dim") is None and unet.cross_attention_dim != width:
         yield f"{UNET}: cross_attention_dim = {unet.cross_attention_dim}, but the text encoder gives {width}"
     yield from _of_tokenizer(pipe.tokenizer, pipe.text_encoder.config)
-    yield from _of_scheduler(pipe.scheduler)
     if pipe.vae is not None:
         yield from _of_vae(pipe.vae.config)
         if pipe.vae.config.latent_channels != unet.in_channels:
@@ -111,7 +115,6 @@ def _of_pixel_model(unet: Any, scheduler: Any) -> Iterator[str]:
         yield f"{UNET}: gives {unet.out_channels} channels of {unet.in_channels}; learned variances are not read"
     if scheduler.config.get("prediction_type") != "epsilon":
         yield f"{SCHEDULER}: predicts {scheduler.config.get('prediction_type')!r}, not epsilon"
-    yield from _of_scheduler(scheduler)
 
 
 def _is_count(value: Any) -> bool:

@@ -25,7 +25,7 @@ from memorization.models.checkpoint import (
     read_config,
     read_named,
 )
-from memorization.models.consistency import check_autoencoder, check_pipeline
+from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
 from memorization.models.spec import ModelSpec, find_model, model_names
 
@@ -91,12 +91,12 @@ def load_pipeline(
     for part, classes in CLASSES.items():
         if part not in unused:
             check_named(folder, index, part, classes)
-    pipe = LocalStableDiffusionPipeline(
-        vae=load_network(AutoencoderKL, folder / "vae", number) if pictures else None,
+    pipe = LocalStableDiffusionPipeline(  # the small parts first: what is wrong with them is said at once
+        scheduler=load_scheduler(folder, index), tokenizer=load_tokenizer(folder / "tokenizer"),
         text_encoder=load_network(CLIPTextModel, folder / "text_encoder", number),
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        vae=load_network(AutoencoderKL, folder / "vae", number) if pictures else None,
         unet=load_network(UNet2DConditionModel, folder / "unet", number),
-        scheduler=load_scheduler(folder, index), **dict.fromkeys(UNUSED), requires_safety_checker=False,
+        **dict.fromkeys(UNUSED), requires_safety_checker=False,
     )  # fmt: skip
     pipe.register_to_config(_name_or_path=str(folder))
     check_pipeline(pipe, folder)
@@ -139,7 +139,7 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     """The scheduler that the index of a pipeline names.
 
     Raises:
-        InputError: it is none of diffusers', or its config is missing or damaged.
+        InputError: it is none of diffusers' or of another family, or its config is missing or damaged.
     """
     check_named(folder, index, "scheduler", [name for name in dir(diffusers) if name.endswith("Scheduler")])
     path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
@@ -148,9 +148,11 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     if "_class_name" not in read_named(path, cls, parameters_of(cls)):
         raise InputError(f"{path}: names no class; it is no scheduler's config")
     try:
-        return cls.from_pretrained(path.parent, local_files_only=True)
+        scheduler = cls.from_pretrained(path.parent, local_files_only=True)
     except Exception as error:  # whatever a value of the config does to the scheduler
         raise InputError(f"{path}: no {cls.__name__} can be made of it ({in_short(error)})") from None
+    check_scheduler(scheduler, folder)
+    return scheduler
 
 
 def load_autoencoder(identifier: str) -> tuple[AutoencoderKL, Path]:
