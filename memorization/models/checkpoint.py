@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ HARMLESS = {
 SHAPING = (".json", ".txt", ".safetensors")  # the files of a part that its numbers can come from
 
 
-def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str], advice: str = "") -> Path:
+def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str | PathLike], advice: str = "") -> Path:
     """The first of some folders and hub ids that can be had.
 
     Args:
@@ -206,7 +207,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     read_config(folder / "tokenizer_config.json")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.tokenize("a")  # what its vocabulary lacks shows when it is used
+        return tokenizer
     except BaseException as error:  # the tokenizers' panics are no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

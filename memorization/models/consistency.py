@@ -68,7 +68,7 @@ def _of_pipeline(pipe: LocalStableDiffusionPipeline) -> Iterator[str]:
 
 def _of_tokenizer(tokenizer: Any, text: Any) -> Iterator[str]:
     length, places = tokenizer.model_max_length, text.max_position_embeddings
-    if not _is_count(length) or length > places:
+    if not is_count(length) or length > places:
         yield f"{TOKENIZER}: model_max_length = {length!r} is no number up to the text encoder's {places} positions"
     if (known := 1 + max(tokenizer.get_vocab().values(), default=0)) > text.vocab_size:
         yield f"{TOKENIZER}: the tokenizer knows {known} tokens, the text encoder {text.vocab_size}"
@@ -82,8 +82,6 @@ def _of_scheduler(scheduler: Any) -> Iterator[str]:
     config, name = scheduler.config, type(scheduler).__name__
     if config.get("prediction_type") not in PREDICTION_TYPES:
         yield f"{SCHEDULER}: predicts {config.get('prediction_type')!r}, not one of {', '.join(PREDICTION_TYPES)}"
-    if not _is_count(config.get("num_train_timesteps")):
-        yield f"{SCHEDULER}: num_train_timesteps = {config.get('num_train_timesteps')!r} is no number of timesteps"
     signal = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(signal, torch.Tensor):
         yield f"{SCHEDULER}: {name} is of another family than DDPM's; it has no alphas_cumprod"
@@ -109,7 +107,7 @@ def _of_vae(config: Any) -> Iterator[str]:
 
 
 def _of_pixel_model(unet: Any, scheduler: Any) -> Iterator[str]:
-    if not _is_count(unet.sample_size):
+    if not is_count(unet.sample_size):
         yield f"{UNET}: sample_size = {unet.sample_size!r} is no side of square pictures"
     if unet.in_channels != unet.out_channels:
         yield f"{UNET}: gives {unet.out_channels} channels of {unet.in_channels}; learned variances are not read"
@@ -117,10 +115,11 @@ def _of_pixel_model(unet: Any, scheduler: Any) -> Iterator[str]:
         yield f"{SCHEDULER}: predicts {scheduler.config.get('prediction_type')!r}, not epsilon"
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value of a config is a whole number above 0, and not text that looks like one."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_size(value: Any) -> bool:
     pair = isinstance(value, (list, tuple)) and len(value) == 2
-    return all(map(_is_count, value)) if pair else _is_count(value)
+    return all(map(is_count, value)) if pair else is_count(value)

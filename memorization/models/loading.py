@@ -25,7 +25,7 @@ from memorization.models.checkpoint import (
     read_config,
     read_named,
 )
-from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
+from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler, is_count
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
 from memorization.models.spec import ModelSpec, find_model, model_names
 
@@ -145,8 +145,12 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise InputError(f"{path}: {cls.__name__} is no scheduler that works with torch")
-    if "_class_name" not in read_named(path, cls, parameters_of(cls)):
+    config = read_named(path, cls, parameters_of(cls))
+    if "_class_name" not in config:
         raise InputError(f"{path}: names no class; it is no scheduler's config")
+    trained = config.get("num_train_timesteps", 1000)
+    if not is_count(trained):
+        raise InputError(f"{path}: num_train_timesteps = {trained!r} is no number of timesteps")
     try:
         scheduler = cls.from_pretrained(path.parent, local_files_only=True)
     except Exception as error:  # whatever a value of the config does to the scheduler

@@ -82,7 +82,7 @@ class TrainingPictures:
     @property
     def revision(self) -> str:
         """Tells the pictures from others."""
-        return f"sha256:{hashlib.sha256(np.ascontiguousarray(self.pictures)).hexdigest()}"
+        return f"sha256:{hashlib.sha256(self.pictures.tobytes()).hexdigest()}"
 
 
 @dataclass
