@@ -267,24 +267,29 @@ def values(file: str, key: str, given: list, said: str, kind: str = "pipeline") 
     return [Case(kind, f"{file} {key} {value!r:.20}", edited(file, **{key: value}), said) for value in given]
 
 
-CASES = [
+WEIGHTS = [
     *weight_cases("pipeline", "unet/", DIFFUSERS, "conv_in.weight"),
     *weight_cases("pipeline", "text_encoder/", TRANSFORMERS, "text_model.final_layer_norm.weight"),
     *weight_cases("pipeline", "vae/", DIFFUSERS, "decoder.conv_in.weight"),
     *weight_cases("autoencoder", "vae/", DIFFUSERS, "encoder.conv_in.weight"),
     *weight_cases("pixel", "unet/", DIFFUSERS, "conv_in.weight"),
     *weight_cases("clip", "", TRANSFORMERS, "visual_projection.weight"),
+]  # fmt: skip
+CONFIGS = [
     *config_cases("pipeline", UNET), *config_cases("pipeline", TEXT), *config_cases("pipeline", VAE),
     *config_cases("pipeline", SCHEDULER), *config_cases("pipeline", TOKENIZER), *config_cases("pipeline", INDEX),
     *config_cases("autoencoder", VAE), *config_cases("pixel", UNET), *config_cases("pixel", SCHEDULER),
     *config_cases("clip", "config.json"), *config_cases("clip", "preprocessor_config.json"),
+]  # fmt: skip
+NETWORKS = [
     *model_cases("pipeline", UNET, ("cross_attention_dim", "cross_attention_dimm"), {"_class_name": "UNet2DModel"}),
     *model_cases("pipeline", TEXT, ("num_hidden_layers", "num_hiden_layers"), {"model_type": "bert"}),
     *model_cases("pipeline", VAE, ("scaling_factor", "scalling_factor"), {"_class_name": "AutoencoderTiny"}),
     *model_cases("autoencoder", VAE, ("latent_channels", "latent_chanels"), {"_class_name": "VQModel"}),
     *model_cases("pixel", UNET, ("block_out_channels", "block_out_chanels"), {"_class_name": "UNet1DModel"}),
     *model_cases("clip", "config.json", ("projection_dim", "projection_dimm"), {"model_type": "siglip"}),
-    # The text encoder and its config do not belong together.
+]  # fmt: skip
+TOGETHER = [
     Case("pipeline", "fewer layers than its config says", edited(TEXT, num_hidden_layers=3), "text_encoder: lacks"),
     Case("pipeline", "more layers than its config says", edited(TEXT, num_hidden_layers=1), "text_encoder: holds"),
     Case("pipeline", "a wider text encoder", edited(TEXT, hidden_size=32), "text_encoder: .*shape"),
@@ -296,7 +301,8 @@ CASES = [
               edited(UNET, in_channels=8)), "more than latents"),
     Case("pipeline", "a UNet for other text", edited(UNET, cross_attention_dim=24), "unet: "),
     Case("pixel", "a UNet of another width", edited(UNET, block_out_channels=[32, 32]), "unet: "),
-    # Numbers that everything hangs on.
+]  # fmt: skip
+NUMBERS = [
     *values(UNET, "sample_size", [None, 0, -1, 1.5, "16", True, [], [16], [16, 16, 16], [16, None]], "sample_size"),
     *values(UNET, "sample_size", [None, 0, "16", [8, 8, 8]], "sample_size", "pixel"),
     *values(VAE, "scaling_factor", [0, -0.18, None, "0.18215", float("nan"), float("inf"), [1], True],
@@ -315,7 +321,8 @@ CASES = [
          both(edited(SCHEDULER, prediction_typ="v_prediction"), edited(SCHEDULER, "prediction_type")),
          "prediction_typ.*prediction_type"),
     Case("pixel", "another prediction", edited(SCHEDULER, prediction_type="v_prediction"), "epsilon"),
-    # The tokenizer.
+]  # fmt: skip
+TOKENIZERS = [
     Case("pipeline", "no tokenizer_config.json", without(TOKENIZER), "tokenizer"),
     *values(TOKENIZER, "model_max_length", [10**30, 78, 0, -1, None, "77", 77.5], "tokenizer.*model_max_length"),
     Case("pipeline", "no length", edited(TOKENIZER, "model_max_length"), "tokenizer.*model_max_length"),
@@ -329,7 +336,8 @@ CASES = [
     Case("clip", "no length", edited("tokenizer_config.json", "model_max_length"), "model_max_length"),
     Case("clip", "no vocabulary", both(without("tokenizer.json"), without("vocab.json")), "clip"),
     Case("clip", "a tokenizer that is torn", truncated("tokenizer.json", 0.5), "clip"),
-    # What the index of the pipeline says.
+]  # fmt: skip
+INDEXES = [
     Case("pipeline", "no folder of the UNet", lambda folder: shutil.rmtree(folder / "unet"), "unet"),
     Case("pipeline", "no folder of the tokenizer", lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
     Case("pipeline", "nothing but an index", emptied, "no such file"),
@@ -352,6 +360,16 @@ CASES = [
     Case("clip", "no config", without("config.json"), "config.json"),
     Case("autoencoder", "no folder", lambda folder: shutil.rmtree(folder / "vae"), "vae"),
 ]  # fmt: skip
+AREAS = {  # by the name that docs/reliability.md has for them
+    "weights: missing, torn, pickled, elsewhere": WEIGHTS,
+    "configs: missing, torn, naming code": CONFIGS,
+    "configs of networks: other weights, kernels, typos": NETWORKS,
+    "parts that do not belong together": TOGETHER,
+    "numbers that make no sense": NUMBERS,
+    "tokenizers": TOKENIZERS,
+    "indexes, and schedulers of other families": INDEXES,
+}
+CASES = [case for cases in AREAS.values() for case in cases]
 
 
 def _key(case: Case) -> str:
@@ -401,11 +419,11 @@ def test_a_whole_checkpoint_is_loaded(kind, damaged, shut):
     assert KINDS[kind].load(str(damaged(Case(kind, "", lambda folder: None, ""))))
 
 
-def test_enough_cases():
-    """docs/reliability.md gives their number."""
+def test_the_page_counts_these_cases():
     said = (GOLDEN.parent.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
-    assert f"{len(CASES)} damaged checkpoints" in said
-    assert len({_key(case) for case in CASES}) == len(CASES)
+    assert f"{len(CASES)} damaged checkpoints" in said and len({_key(case) for case in CASES}) == len(CASES)
+    for area, cases in AREAS.items():
+        assert f"| {area} | {len(cases)} |" in said
 
 
 # What a run depends on: the file that is changed, and the setting that is named. The change leaves the model whole.

@@ -113,6 +113,7 @@ def main(arguments: Arguments = None) -> None:
     settings = {
         "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
         "revision": revision_of(pipe, pictures=False), "judge": judge.description, "index": index.digest,
+        "reference": seen.digest,
     }  # fmt: skip
     labels, rows = labels_of(index, args.count) if classes else None, rows_of(amg)
     with ResultStore(out, settings, {}) as store:

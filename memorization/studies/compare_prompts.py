@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -102,7 +102,7 @@ class Bench:
             **self.subject.settings,
             **{name: vars(self.args)[name] for name in ("memorized", "ordinary", "steps")},
             "num_images": self.noises, "guidance_scale": self.spec.guidance_scale, "levels": self.calibration.levels,
-            "judge": self.judge.description,
+            "judge": self.judge.description, "reference": self.reference and self.reference.digest,
         }  # fmt: skip
 
     def row(self, method: str, settings: Mapping[str, object], name: str, line: str = "") -> Row:
@@ -128,18 +128,20 @@ class Bench:
         mitigations = [row.mitigation for row in rows if row.mitigation]
         self.detectors = scoring_detectors(mitigations, self.spec, self.calibration)
         with ResultStore(self.out, self.settings, {}) as store:
-            comparison = Comparison(store, self.limits, self._reference())
+            comparison = Comparison(store, self.limits, self._frechet())
             for row in (Row(PLAIN, PLAIN), *rows):
                 comparison.fill(row, self.batches(row.mitigation))
             yield comparison
 
-    def _reference(self) -> Reference | None:
-        """Of the Frechet distance, where there is something to compare with by CLIP features."""
-        folder, clip = self.args.reference or self.spec.reference, self.judge.clip
-        if not (folder and clip) or self.args.memorized * self.noises < 2:
-            return None
-        index = Index(Path(folder))
-        return Reference(index.pictures(index.size or (224, 224)), clip)
+    @cached_property
+    def reference(self) -> Index | None:
+        """For the Frechet distance, where there is something to compare with by CLIP features."""
+        folder = self.args.reference or self.spec.reference
+        return Index(Path(folder)) if folder and self.judge.clip and self.args.memorized * self.noises >= 2 else None
+
+    def _frechet(self) -> Reference | None:
+        index, clip = self.reference, self.judge.clip
+        return Reference(index.pictures(index.size or (224, 224)), clip) if index and clip else None
 
     def batches(
         self, mitigation: Mitigation | None, pipe: LocalStableDiffusionPipeline | None = None
