@@ -205,25 +205,26 @@ def weight_cases(kind: str, part: str, file: str, key: str) -> list[Case]:
         "an index of nothing": (both(without(name), dumped(index, {"weight_map": {}})), "index.json: names no weights"),
         "an index without a map": (both(without(name), dumped(index, {})), "index.json: names no weights"),
         "an index of numbers": (both(without(name), dumped(index, {"weight_map": {key: 3}})), "only safetensors"),
-        "an index that is a list": (both(without(name), dumped(index, [key])), "index.json: .*no table"),
-        "an index that is torn": (both(without(name), written(index, b'{"weight_map')), "index.json: .*cannot be read"),
+        "an index that is a list": (both(without(name), dumped(index, [key])), "index.json: (damaged|holds no table)"),
+        "an index that is torn": (both(without(name), written(index, b'{"weight_map')), "index.json: (damaged|cannot be read)"),
     }  # fmt: skip
     return [Case(kind, f"{part}{what}", damage, said) for what, (damage, said) in damages.items()]
 
 
 def config_cases(kind: str, file: str) -> list[Case]:
     """Everything that may be wrong with any config."""
+    unread = "(cannot be read|damaged|holds no table)"
     code, bare = "no code of a checkpoint is run", re.escape(Path(file).name)
     damages = {
         "missing": (without(file), f"{bare}"),
-        "empty": (written(file, b""), f"{bare}: .*cannot be read"),
-        "torn": (truncated(file, 0.5), f"{bare}: .*cannot be read"),
-        "a list": (dumped(file, []), f"{bare}: .*no table"),
-        "a number": (dumped(file, 3), f"{bare}: .*no table"),
-        "null": (dumped(file, None), f"{bare}: .*no table"),
+        "empty": (written(file, b""), f"{bare}: {unread}"),
+        "torn": (truncated(file, 0.5), f"{bare}: {unread}"),
+        "a list": (dumped(file, []), f"{bare}: {unread}"),
+        "a number": (dumped(file, 3), f"{bare}: {unread}"),
+        "null": (dumped(file, None), f"{bare}: {unread}"),
         "of nothing": (dumped(file, {}), f"{bare}: "),
-        "not UTF-8": (written(file, b'{"a": "\xff\xfe"}'), f"{bare}: .*cannot be read"),
-        "nested without end": (written(file, b'{"a":' + b"[" * 99999), f"{bare}: .*cannot be read"),
+        "not UTF-8": (written(file, b'{"a": "\xff\xfe"}'), f"{bare}: {unread}"),
+        "nested without end": (written(file, b'{"a":' + b"[" * 99999), f"{bare}: {unread}"),
         "a folder": (a_folder(file), f"{bare}"),
         "code of its own": (edited(file, auto_map={"AutoModel": "evil.Model"}), f"{bare}: auto_map.*{code}"),
         "code, nested": (edited(file, extra={"auto_map": {"AutoModel": "evil.Model"}}), f"{bare}: auto_map.*{code}"),

@@ -21,6 +21,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from memorization.errors import InputError
 from memorization.io.files import read_json, sha256_of
+from memorization.models.consistency import is_count
 from memorization.paths import ROOT
 
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines")
@@ -205,7 +206,10 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     Raises:
         InputError: a file is missing or damaged.
     """
-    read_config(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    length = read_config(path).get("model_max_length")
+    if not is_count(length):
+        raise InputError(f"{path}: model_max_length = {length!r} is no number of tokens")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.tokenize("a")  # what its vocabulary lacks shows when it is used

@@ -68,8 +68,8 @@ def _of_pipeline(pipe: LocalStableDiffusionPipeline) -> Iterator[str]:
 
 def _of_tokenizer(tokenizer: Any, text: Any) -> Iterator[str]:
     length, places = tokenizer.model_max_length, text.max_position_embeddings
-    if not is_count(length) or length > places:
-        yield f"{TOKENIZER}: model_max_length = {length!r} is no number up to the text encoder's {places} positions"
+    if length > places:
+        yield f"{TOKENIZER}: model_max_length = {length!r} is more than the text encoder's {places} positions"
     if (known := 1 + max(tokenizer.get_vocab().values(), default=0)) > text.vocab_size:
         yield f"{TOKENIZER}: the tokenizer knows {known} tokens, the text encoder {text.vocab_size}"
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id not in tokenizer("a").input_ids:
