@@ -2,8 +2,8 @@
 """Evaluate scored runs: metrics table with 95% intervals, metrics.json and pictures in each run's folder.
 
   python detect_eval.py                                 every run under results/
-  python detect_eval.py results/testbed-eps --format csv
-  python detect_eval.py results/testbed-eps --calibrate mine.yaml --fpr 0.01
+  python detect_eval.py results/detection/testbed-eps/main --format csv
+  python detect_eval.py results/detection/testbed-eps/main --calibrate mine.yaml --fpr 0.01
 
 Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
 TPR@1% is the largest TPR with FPR <= 1%; the FPR realised there and the number of negatives stand beside it. Intervals
