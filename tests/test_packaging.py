@@ -1,0 +1,70 @@
+"""The wheel, installed: it scores a checkpoint from a folder that is not the project's."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+
+ROOT = GOLDEN.parent.parent
+SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "*.py", "memorization")
+
+
+def pip(*arguments) -> None:
+    options = ("--no-index", "--no-deps", "--quiet", "--disable-pip-version-check")
+    subprocess.run([sys.executable, "-m", "pip", *map(str, arguments), *options], check=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder that the wheel was installed into."""
+    folder = tmp_path_factory.mktemp("package")
+    source, site = folder / "source", folder / "site"
+    source.mkdir()
+    for path in (path for pattern in SHIPPED for path in ROOT.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
+    pip("wheel", source, "--no-build-isolation", "-w", folder)
+    pip("install", *folder.glob("*.whl"), "--target", site)
+    return site
+
+
+def test_the_wheel_holds_what_it_should_and_no_more(site):
+    assert {path.name for path in site.iterdir() if "info" not in path.suffix} - {"__pycache__"} == {
+        "bin", "memorization", "detect_mem.py", "detect_eval.py", "mitigate_mem.py", "local_sd_pipeline.py",
+        "optim_utils.py",
+    }  # fmt: skip
+    assert (site / "memorization" / "py.typed").is_file() and list((site / "memorization/configs").rglob("amg.yaml"))
+
+
+PYTHON = """
+import memorization as mem
+assert mem.__file__.startswith({site!r}), mem.__file__
+frame = mem.score(mem.load("checkpoint"), ["a crab", "a tree"], detectors=["anisotropy"], noises=1)
+print(len(frame), list(frame["anisotropy"]))
+"""
+
+
+def test_a_checkpoint_is_scored_from_another_folder(site, tmp_path):
+    shutil.copytree(GOLDEN / "tiny-eps", tmp_path / "checkpoint")
+    (tmp_path / "prompts.txt").write_text("a crab\na tree\n")
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    command = [site / "bin" / "memorization", "detect", "--model", "checkpoint", "--prompts", "prompts.txt"]
+    started = [
+        subprocess.Popen(
+            arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for arguments in (
+            [sys.executable, *command, "--num-images", "1", "--out", "run"],
+            [sys.executable, "-c", PYTHON.format(site=str(site))],
+        )
+    ]
+    for process in started:
+        _, complaints = process.communicate(timeout=120)
+        assert process.returncode == 0, complaints
+    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 2
