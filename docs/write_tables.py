@@ -58,7 +58,9 @@ def rows_as_table(rows: list[dict]) -> str:
 # ---------------------------------------------------------------- detection
 def metrics_of(model: str, run: str) -> dict:
     path = RESULTS / "detection" / model / run / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"detectors": [], "paired": [], "costs": {}}
+    return (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"detectors": [], "paired": [], "costs": {}}
+    )
 
 
 def found(metrics: dict, detector: str, images: int | None) -> dict | None:
@@ -141,10 +143,18 @@ def league() -> str:
 def _league_row(name: str, n: int | None, cost: dict | None, lines: dict[str, dict]) -> dict:
     paid = {"needs": "-", "UNet": "-", "s/prompt": "-"}
     if cost:
-        paid = {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.2g}"}
+        paid = {
+            "needs": cost["needs"],
+            "UNet": f"{cost['evaluations'] * n:g}",
+            "s/prompt": f"{cost['seconds'] * n:.2g}",
+        }
     row = {"detector": name, **paid, "n": n or "-"}
     for model, line in lines.items():
-        keys = {f"{MODELS[model]}: AUC": "auc", f"{MODELS[model]}: TPR@1%": "tpr@1%", f"{MODELS[model]}: TPR@3%": "tpr@3%"}
+        keys = {
+            f"{MODELS[model]}: AUC": "auc",
+            f"{MODELS[model]}: TPR@1%": "tpr@1%",
+            f"{MODELS[model]}: TPR@3%": "tpr@3%",
+        }
         row |= {title: interval(line[key]) for title, key in keys.items()}
     return row
 
@@ -306,7 +316,18 @@ def _mitigation_row(line: pd.Series, strength: str) -> dict:
 
 # ---------------------------------------------------------------- AMG
 COMPARED = ("base", "ablation", "gni", "rt", "cwr", "rna", "amg main", "amg strong")
-APART = ("spe", "dup", "sim", "sim+spe", "sim+dup", "spe+dup", "amg main", "constant gate", "no gate", "looks every step")
+APART = (
+    "spe",
+    "dup",
+    "sim",
+    "sim+spe",
+    "sim+dup",
+    "spe+dup",
+    "amg main",
+    "constant gate",
+    "no gate",
+    "looks every step",
+)
 
 
 @table
@@ -371,6 +392,23 @@ def index_search() -> str:
 @table
 def index_build() -> str:
     return rows_as_table(pd.read_csv(RESULTS / "speed" / "index_build.csv", dtype=str).to_dict("records"))
+
+
+# ---------------------------------------------------------------- sizes
+@table
+def sizes() -> str:
+    """Lines of one file of each kind that one may add."""
+    files = {
+        "a detector": "detectors/noise_norm.py",
+        "a mitigation": "mitigations/gni.py",
+        "a model": "configs/sd14.yaml",
+    }
+    rows = []
+    for what, name in files.items():
+        path = ROOT / "memorization" / name
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        rows.append({"what": what, "file": f"[{path.name}](memorization/{name})", "lines": lines})
+    return rows_as_table(rows)
 
 
 # ---------------------------------------------------------------- documents
