@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Fill the tables of the documents from the files under results/: ``python docs/write_tables.py``
 
-A table stands between ``<!-- table: NAME ARGUMENTS -->`` and ``<!-- end -->``, and what it says is written by the function
-of that name below. ``--check`` writes nothing and ends with status 1 where a table is not what the files say.
+A table stands between ``<!-- table: NAME ARGUMENTS -->`` and ``<!-- end -->``, and is written by the function of that name
+below. ``--check`` writes nothing and ends with status 1 where a table is not what the files say.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def interval(cell: dict, digits: int = 3) -> str:
 
 
 def rows_as_table(rows: list[dict]) -> str:
-    """Rows that share their columns."""
+    """Rows that share their columns; a word where there are none."""
+    if not rows:
+        return "(not run yet)\n"
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
@@ -57,6 +59,7 @@ def rows_as_table(rows: list[dict]) -> str:
 
 # ---------------------------------------------------------------- detection
 def metrics_of(model: str, run: str) -> dict:
+    """What ``detect_eval.py`` wrote of a run; nothing where there is none."""
     path = RESULTS / "detection" / model / run / "metrics.json"
     return (
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"detectors": [], "paired": [], "costs": {}}
@@ -117,10 +120,12 @@ def paired(run: str, images: str) -> str:
     for name in dict.fromkeys(name for lines in against.values() for name in lines):
         row = {"detector": name}
         for model, lines in against.items():
-            line = lines.get(name)
-            value, low, high = (signed(line[key], 3) if line else "" for key in ("difference", "low", "high"))
-            row |= {f"{MODELS[model]}: AUC less the norm's": line and f"{value} [{low}, {high}]" or "the same",
-                    f"{MODELS[model]}: p": number(line["p"]) if line else ""}  # fmt: skip
+            cells = ("the same", "")
+            if line := lines.get(name):
+                value, low, high = (signed(line[key], 3) for key in ("difference", "low", "high"))
+                cells = (f"{value} [{low}, {high}]", number(line["p"]))
+            short = MODELS[model]
+            row |= dict(zip((f"{short}: AUC less the norm's", f"{short}: p"), cells, strict=True))
         rows.append(row)
     return rows_as_table(rows)
 
@@ -129,7 +134,7 @@ def paired(run: str, images: str) -> str:
 def league() -> str:
     """Every detector on both models: n = 1 from the runs ``all``, n = 4 from the runs ``trace``; best on eps first."""
     runs = {model: (metrics_of(model, "all"), metrics_of(model, "trace")) for model in MODELS}
-    every, more = runs["testbed-eps"]
+    every = runs["testbed-eps"][0]
     order = sorted(every["detectors"], key=lambda line: -line["auc"]["value"])
     rows = []
     for name, images in ((line["detector"], line["images"]) for line in order):
@@ -143,19 +148,12 @@ def league() -> str:
 def _league_row(name: str, n: int | None, cost: dict | None, lines: dict[str, dict]) -> dict:
     paid = {"needs": "-", "UNet": "-", "s/prompt": "-"}
     if cost:
-        paid = {
-            "needs": cost["needs"],
-            "UNet": f"{cost['evaluations'] * n:g}",
-            "s/prompt": f"{cost['seconds'] * n:.2g}",
-        }
+        units, seconds = cost["evaluations"] * n, cost["seconds"] * n
+        paid = {"needs": cost["needs"], "UNet": f"{units:g}", "s/prompt": f"{seconds:.2g}"}
     row = {"detector": name, **paid, "n": n or "-"}
     for model, line in lines.items():
-        keys = {
-            f"{MODELS[model]}: AUC": "auc",
-            f"{MODELS[model]}: TPR@1%": "tpr@1%",
-            f"{MODELS[model]}: TPR@3%": "tpr@3%",
-        }
-        row |= {title: interval(line[key]) for title, key in keys.items()}
+        for title, key in (("AUC", "auc"), ("TPR@1%", "tpr@1%"), ("TPR@3%", "tpr@3%")):
+            row[f"{MODELS[model]}: {title}"] = interval(line[key])
     return row
 
 
@@ -228,8 +226,9 @@ def fusion() -> str:
     """The best pairs of features on the validation half of testbed-eps."""
     frame = study("timestep_sweep", "testbed-eps-validation/fusion.csv").head(5)
     return rows_as_table([
-        {"first": line["first"], "second": line["second"], "AUC": number(line["auc"]), "TPR@1%FPR": number(line["tpr@1%"]),
-         "weights": f"{line['first weight']:.3g}, {line['second weight']:.3g}"} for line in frame.to_dict("records")
+        {"first": line["first"], "second": line["second"], "AUC": number(line["auc"]),
+         "TPR@1%FPR": number(line["tpr@1%"]), "weights": f"{line['first weight']:.3g}, {line['second weight']:.3g}"}
+        for line in frame.to_dict("records")
     ])  # fmt: skip
 
 
@@ -338,12 +337,13 @@ def amg(part: str) -> str:
     titles = {
         "nl2 top 5%": "nL2 top 5%", "nl2 top 1": "top 1", f"nl2 < {limits['nl2']:g}": f"< {limits['nl2']:g} (copy)",
         "nl2 < 1.4": "< 1.4", "sscd top 5%": "SSCD top 5%", "sscd top 1": "top 1 ",
-        f"sscd > {limits['sscd']:g}": f"> {number(limits['sscd'], 2)} (copy)", "sscd > 0.4": "> .4", "Frechet": "Frechet",
-        "CLIP": "CLIP", "ordinary: CLIP": "ordinary: CLIP", "ordinary: moved": "moved", "s / picture": "s / picture",
+        f"sscd > {limits['sscd']:g}": f"> {number(limits['sscd'], 2)} (copy)", "sscd > 0.4": "> .4",
+        "Frechet": "Frechet", "CLIP": "CLIP", "ordinary: CLIP": "ordinary: CLIP", "ordinary: moved": "moved", "s / picture": "s / picture",
     }  # fmt: skip
     rows = [name for name in {"compared": COMPARED, "apart": APART}[part] if name in frame.index]
+    digits = {"Frechet": 3}
     return rows_as_table([
-        {"row": name, **{title: number(frame.loc[name, key], 3 if key == "Frechet" else 2) for key, title in titles.items()}}
+        {"row": name, **{title: number(frame.loc[name, key], digits.get(key, 2)) for key, title in titles.items()}}
         for name in rows
     ])  # fmt: skip
 
@@ -377,7 +377,8 @@ def speed(model: str) -> str:
     frame = pd.read_csv(RESULTS / "speed" / "detection.csv")
     lines = frame[frame["model"] == model].to_dict("records")
     return rows_as_table([
-        {"": line["what"], "s/prompt": f"{line['seconds a prompt']:.3g}", "prompts/s": f"{1 / line['seconds a prompt']:.3g}",
+        {"": line["what"], "s/prompt": f"{line['seconds a prompt']:.3g}",
+         "prompts/s": f"{1 / line['seconds a prompt']:.3g}",
          "times the plain loop": f"{lines[0]['seconds a prompt'] / line['seconds a prompt']:.3g}",
          "batch": "" if pd.isna(line["batch"]) else f"{line['batch']:.0f}"} for line in lines
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The documents: their tables are what the files under results/ say, their links lead somewhere, their lines are short."""
+"""The documents: tables that say what the files under results/ do, links that lead somewhere, short lines."""
 
 import re
 
