@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Fill the tables of the documents from the files under results/: ``python docs/write_tables.py``
 
-A table stands between ``<!-- table: NAME ARGUMENTS -->`` and ``<!-- end -->``, and is written by the function of that name
-below. ``--check`` writes nothing and ends with status 1 where a table is not what the files say.
+A table stands between ``<!-- table: NAME ARGUMENTS -->`` and ``<!-- end -->``, and is written by the function of that
+name below. ``--check`` writes nothing and ends with status 1 where a table is not what the files say.
 """
 
 from __future__ import annotations
@@ -338,7 +338,8 @@ def amg(part: str) -> str:
         "nl2 top 5%": "nL2 top 5%", "nl2 top 1": "top 1", f"nl2 < {limits['nl2']:g}": f"< {limits['nl2']:g} (copy)",
         "nl2 < 1.4": "< 1.4", "sscd top 5%": "SSCD top 5%", "sscd top 1": "top 1 ",
         f"sscd > {limits['sscd']:g}": f"> {number(limits['sscd'], 2)} (copy)", "sscd > 0.4": "> .4",
-        "Frechet": "Frechet", "CLIP": "CLIP", "ordinary: CLIP": "ordinary: CLIP", "ordinary: moved": "moved", "s / picture": "s / picture",
+        "Frechet": "Frechet", "CLIP": "CLIP", "ordinary: CLIP": "ordinary: CLIP",
+        "ordinary: moved": "moved", "s / picture": "s / picture",
     }  # fmt: skip
     rows = [name for name in {"compared": COMPARED, "apart": APART}[part] if name in frame.index]
     digits = {"Frechet": 3}
