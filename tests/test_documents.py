@@ -4,8 +4,7 @@ import re
 
 import pytest
 from conftest import GOLDEN
-
-from docs.write_tables import documents, filled
+from write_tables import documents, filled
 
 ROOT = GOLDEN.parent.parent
 DOCUMENTS = documents()

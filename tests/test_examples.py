@@ -1,10 +1,11 @@
 """The examples run and print what they say."""
 
+import mitigate
+import own_detector
 import pytest
+import quickstart
 from conftest import GOLDEN
 from PIL import Image
-
-from examples import mitigate, own_detector, quickstart
 
 ROOT = GOLDEN.parent.parent
 
