@@ -28,15 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
-from memorization.detectors.registry import make_detectors  # noqa: E402
+from memorization.detectors.base import make_detectors  # noqa: E402
 from memorization.flags import ArgumentParser, run_script  # noqa: E402
 from memorization.io.files import write_atomically  # noqa: E402
 from memorization.io.prompts import read_prompts  # noqa: E402
 from memorization.models.devices import DTYPES, pick_device, pick_dtype  # noqa: E402
 from memorization.models.loading import load_pipeline  # noqa: E402
-from memorization.models.registry import find_model  # noqa: E402
-from memorization.runs.detect import Scorer, run_detection  # noqa: E402
+from memorization.models.spec import find_model  # noqa: E402
+from memorization.runs.detect import run_detection  # noqa: E402
 from memorization.runs.memory import default_batch_size  # noqa: E402
+from memorization.runs.scorer import Scorer  # noqa: E402
 from memorization.runs.store import ResultStore  # noqa: E402
 
 

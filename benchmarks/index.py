@@ -29,7 +29,7 @@ from memorization.flags import ArgumentParser, run_script  # noqa: E402
 from memorization.index.approximate import NAME  # noqa: E402
 from memorization.index.build import build_index  # noqa: E402
 from memorization.index.compress import compress  # noqa: E402
-from memorization.index.descriptors import FEATURES, SIZED  # noqa: E402
+from memorization.index.kinds import FEATURES, SIZED  # noqa: E402
 from memorization.index.store import Index  # noqa: E402
 from memorization.io.files import write_atomically  # noqa: E402
 from memorization.io.tables import markdown  # noqa: E402

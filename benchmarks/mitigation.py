@@ -15,26 +15,25 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memorization.detectors.registry import make_detectors  # noqa: E402
 from memorization.errors import InputError  # noqa: E402
 from memorization.evaluation.calibration import read_calibration  # noqa: E402
 from memorization.flags import ArgumentParser, run_script  # noqa: E402
-from memorization.index.build import own_index  # noqa: E402
 from memorization.io.figures import save_figure  # noqa: E402
 from memorization.io.pictures import read_picture  # noqa: E402
 from memorization.io.prompts import picture_files, read_prompts  # noqa: E402
 from memorization.io.tables import markdown  # noqa: E402
-from memorization.mitigations.case import Case, Remedy  # noqa: E402
-from memorization.mitigations.registry import MITIGATIONS, make_mitigation  # noqa: E402
+from memorization.mitigations.base import MITIGATIONS  # noqa: E402
+from memorization.mitigations.case import Remedy  # noqa: E402
 from memorization.models.devices import pick_device, pick_dtype  # noqa: E402
 from memorization.models.loading import load_pipeline  # noqa: E402
-from memorization.models.registry import find_model  # noqa: E402
+from memorization.models.spec import find_model  # noqa: E402
+from memorization.runs.cases import Cases, scoring_detectors  # noqa: E402
 from memorization.runs.memory import default_batch_size  # noqa: E402
+from memorization.runs.mitigate import configured_mitigation  # noqa: E402
 from memorization.runs.sampling import sample  # noqa: E402
 
 
@@ -55,14 +54,11 @@ def main() -> None:
     frame["picture"] = picture_files(frame, ROOT / spec.prompts["prompts"])
     chosen = frame[(frame["label"] == 1) & frame["picture"].notna()].tail(args.prompts)
     prompts = chosen["prompt"].tolist()
-    detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": spec.anisotropy})
-    with torch.no_grad():
-        embeds = pipe.embed(prompts).float()
-    case = Case(
-        pipe, prompts, embeds, pipe.pure_noise(4, 51), {d.name: d for d in detectors}, calibration.levels, args.steps,
-        guidance_scale=spec.guidance_scale, batch_size=default_batch_size(pipe),
-    )  # fmt: skip
-    amg = {**spec.amg, "index": str(own_index(spec))}
+    methods = {name: configured_mitigation(name, {}, spec) for name in args.methods.split(",")}
+    case = Cases(
+        pipe, pipe.pure_noise(4, 51), args.steps, spec.guidance_scale, 51, default_batch_size(pipe),
+        scoring_detectors(methods.values(), spec, calibration), calibration.levels,
+    )(prompts)  # fmt: skip
 
     def timed(work):
         started = time.perf_counter()
@@ -71,8 +67,8 @@ def main() -> None:
     sample(case, Remedy.unchanged(case))  # warm
     pictures, plain = timed(lambda: sample(case, Remedy.unchanged(case)))
     rows, columns = [], {"plain": pictures}
-    for name in args.methods.split(","):
-        remedy, search = timed(lambda name=name: make_mitigation(name, amg if name == "amg" else {})(case))
+    for name, mitigation in methods.items():
+        remedy, search = timed(lambda mitigation=mitigation: mitigation(case))
         columns[name], generation = timed(lambda remedy=remedy: sample(case, remedy))
         rows.append({"method": name, "remedy, s": search, "generation, s": generation,
                      "together / plain": (search + generation) / plain})  # fmt: skip

@@ -1,12 +1,18 @@
-"""How a command reads its arguments and says what is wrong with them."""
+"""How a command reads its arguments, what each flag means, and how a command ends.
+
+A flag means one thing everywhere: what several commands take is described here once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from memorization.errors import InputError
+from memorization.settings import Count, NotNegative, Seed, Steps, Unfit, described, fit
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -19,8 +25,100 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help explains)")
 
 
+def value(annotation: Any) -> Callable[[str], Any]:
+    """What reads a flag's value, by an annotation of memorization/settings.py."""
+
+    def read(text: str) -> Any:
+        try:
+            return fit(annotation, text)
+        except Unfit:
+            raise argparse.ArgumentTypeError(f"{text} is no {described(annotation)}") from None
+
+    return read
+
+
+def names(text: str) -> list[str]:
+    """``A,B`` -> its parts."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--model": dict(metavar="NAME|YAML|FOLDER|HUB_ID",
+        help="a name (python -m memorization models lists them), a YAML file of your own, a folder, or a hub id"),
+    "--prompts": dict(type=Path, metavar="FILE",
+        help=".txt, .csv or .jsonl (column prompt or caption; optional label, family); default: the model's own list"),
+    "--noises": dict(type=value(Count), metavar="N", help="a prompt (default: %(default)s)"),
+    "--seed": dict(type=value(Seed), default=51,
+        help="of the noise (default: %(default)s, that of the anisotropy paper's code)"),
+    "--steps": dict(type=value(Steps), default=50,
+        help="of a generation, and of the DDIM grid that places detectors' timesteps (default: %(default)s)"),
+    "--guidance-scale": dict(type=value(NotNegative), metavar="S",
+        help="of a generation (default: the model's config, else 7.5)"),
+    "--calibration": dict(metavar="FILE|none",
+        help="written by detect_eval.py --calibrate: thresholds, levels, and the settings they hold for"),
+    "--index": dict(type=Path, metavar="DIR",
+        help="of training pictures, for methods that need one (default: of those that the model's own list names)"),
+    "--clip": dict(metavar="FOLDER|HUB_ID|none", help="judges text alignment (default: the model's config)"),
+    "--sscd": dict(default="official-288", metavar="PRESET",
+        help="how SSCD is given pictures: see memorization/similarity/sscd.py (default: %(default)s)"),
+    "--dtype": dict(choices=["float32", "bfloat16", "float16"],
+        help="default: the model's config, else bfloat16 where the hardware has it"),
+    "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"),
+    "--batch-size": dict(type=value(Count | Literal["auto"]), default="auto", metavar="N|auto",
+        help="rows (prompt x noise) to a UNet call, halved on out of memory (default: %(default)s)"),
+    "--out": dict(type=Path, metavar="DIR", help="default: results/local/<model>"),
+    "--overwrite": dict(action="store_true", help="start anew in a folder that holds a run"),
+    "--resamples": dict(type=value(Count), default=1000, metavar="N",
+        help="of the bootstrap over families (default: %(default)s)"),
+    "--split": dict(choices=["validation", "test", "all"], default="validation",
+        help="rows of the list, where it has splits (default: %(default)s)"),
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, *flags: str, **changed: Any) -> None:
+    """Add flags of :data:`FLAGS`.
+
+    Args:
+        changed: what differs for all of them, such as ``default`` or ``required``.
+    """
+    for flag in flags:
+        parser.add_argument(*_spellings(flag), **{**FLAGS[flag], **changed})
+
+
+def _spellings(flag: str) -> list[str]:
+    """``--noises`` was once called ``--num-images``; both go."""
+    return ["--noises", "--num-images"] if flag == "--noises" else [flag]
+
+
+def add_settings(parser: argparse.ArgumentParser, help: str, *, of: str = "", **shortcuts: str) -> None:
+    """``--set``, and flags that stand for one setting each.
+
+    Args:
+        of: the method whose settings the shortcuts are.
+        shortcuts: setting -> its help.
+    """
+    metavar = "METHOD.SETTING=VALUE" if of else "SETTING=VALUE"
+    common = {"action": "append", "dest": "assignments"}
+    parser.add_argument("--set", default=[], metavar=metavar, help=f"{help}; may be repeated", **common)
+    for setting, text in shortcuts.items():
+        flag = f"--{setting.replace('_', '-')}"
+        parser.add_argument(flag, type=f"{of}.{setting}={{}}".format, metavar="VALUE", help=text, **common)
+
+
+def assigned(text: str) -> tuple[str, str]:
+    """(name, value) of ``--set NAME=VALUE``.
+
+    Raises:
+        InputError: it is none.
+    """
+    name, _, given = text.partition("=")
+    if not name or not given:
+        raise InputError(f"--set {text}: write SETTING=VALUE")
+    return name, given
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: exit status 2 and one line on standard error for an :class:`InputError`."""
+    """Run a command's main: exit status 2 and one line on standard error for an :class:`InputError`."""
     try:
         main()
     except InputError as error:
@@ -32,3 +130,16 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(1)
+
+
+def quiet_libraries() -> None:
+    """No warnings and progress bars of diffusers and transformers: a command has its own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+
+
+Arguments = Sequence[str] | None  # what a command's main is given; None for those of the process

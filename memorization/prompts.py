@@ -1,7 +1,7 @@
-"""``python -m memorization.prompts fetch``; memorization/io/published.py does the work."""
+"""``python -m memorization.prompts fetch``, the same as ``python -m memorization prompts fetch``."""
 
+from memorization.cli.prompts import main
 from memorization.flags import run_script
-from memorization.io.published import main
 
 if __name__ == "__main__":
     run_script(main)

@@ -35,7 +35,7 @@ from memorization.io.pictures import read_picture
 from memorization.io.prompts import read_prompts
 from memorization.models.generation import generate as generate_latents
 from memorization.models.loading import load_pipeline
-from memorization.models.registry import ModelSpec, find_model
+from memorization.models.spec import ModelSpec, find_model
 from memorization.paths import ROOT
 from memorization.similarity.clip import Clip
 from memorization.similarity.judge import Judge

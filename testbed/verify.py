@@ -30,7 +30,7 @@ from tqdm import tqdm
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.files import write_atomically
 from memorization.models.loading import load_pipeline, revision_of
-from memorization.models.registry import find_model
+from memorization.models.spec import find_model
 from memorization.similarity.nl2 import normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
 from testbed import data

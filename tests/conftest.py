@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memorization.models.loading import load_pipeline
-from memorization.models.registry import ModelSpec
+from memorization.models.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["a harbour at dusk with two boats", "red kite", "", "portrait of an old clockmaker, oil on canvas", "kite"]

@@ -16,8 +16,8 @@ from memorization.mitigations.amg import AMG, guide
 from memorization.mitigations.amg.guide import AntiMemorization
 from memorization.mitigations.amg.nearest import Nearest
 from memorization.mitigations.amg.terms import find_terms
+from memorization.mitigations.base import make_mitigation
 from memorization.mitigations.case import Case, Remedy
-from memorization.mitigations.registry import make_mitigation
 from memorization.models.generation import generate
 from memorization.runs.sampling import sample
 from memorization.similarity.nl2 import normalized_l2
@@ -233,7 +233,7 @@ def test_what_amg_cannot_do_is_said(case, index_folder):
         ({"guidances": "spe+magic"}, "no guidance magic; there are: spe, dup, sim"),
         ({"index": str(index_folder), "preset": "mine"}, "no preset 'mine'"),
         ({"index": 3}, "index = 3 is no word"),
-        ({"c1": -1}, "c1 = -1 is no number above 0"),
+        ({"c1": -1}, "c1 = -1 is no number of at least 0"),
     ):
         with pytest.raises(InputError, match=message):
             sample(case, make_mitigation("amg", settings)(case))

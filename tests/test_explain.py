@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import load_tiny
 
+from memorization.detectors.base import make_detectors
 from memorization.detectors.explain import as_text, draw_significance, token_significance
-from memorization.detectors.registry import make_detectors
 from memorization.runs.costs import measure_costs
 
 

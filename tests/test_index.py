@@ -9,8 +9,8 @@ import torch
 from conftest import GOLDEN, load_tiny
 from PIL import Image
 
+from memorization.cli import index as command
 from memorization.errors import InputError
-from memorization.index import __main__ as command
 from memorization.index import store
 from memorization.index.build import build_index
 from memorization.index.store import Index
@@ -115,7 +115,7 @@ def test_commands(run_script, folder, tmp_path, capsys):
     for arguments, message in (
         (("search", tmp_path, folder / "01.png"), "holds no index"),
         (("search", tmp_path / "index", listed), "none of the pictures can be read"),
-        (("search", tmp_path / "index", folder / "01.png", "-k", 0), "-k is at least 1"),
+        (("search", tmp_path / "index", folder / "01.png", "-k", 0), "argument -k: 0 is no whole number of at least 1"),
         (("build", tmp_path / "nothing", "--out", tmp_path / "other"), "no such file"),
         (("build", listed, "--out", tmp_path / "other", "--size", 0, 0), "at least 1 1"),
         (("build", listed, "--out", tmp_path / "other", "--features", "clip"), "and --model, go together"),

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import mitigate_mem
+from memorization.cli.mitigate import marked
 from memorization.errors import InputError
 from memorization.io.prompts import read_prompts
 from memorization.similarity import judge
@@ -92,26 +93,26 @@ def test_a_killed_run_goes_on_to_the_same(run_script, fast, prompts, tmp_path, m
 
 
 def test_rewriting_shows_what_was_changed():
-    assert mitigate_mem.marked("a red kite", "a blue kite") == "a [-red-] {+blue+} kite"
-    assert mitigate_mem.marked("a red kite", "a kite") == "a [-red-] kite"
+    assert marked("a red kite", "a blue kite") == "a [-red-] {+blue+} kite"
+    assert marked("a red kite", "a kite") == "a [-red-] kite"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--method", "nonsense"), "unknown method nonsense; there are: anisotropy"),
-        (("--threshold", "high"), "--threshold high: a number, or auto"),
+        (("--threshold", "high"), "--threshold: high is no number or auto"),
         (("--num-images", 2), "is for num_images = 1, not 2"),
         (("--strength", 0.3), "no level 0.3 of anisotropy in the calibration"),
-        (("--strength", -1), "strength = -1.0 is no number above 0"),
+        (("--strength", -1), "strength = -1 is no number above 0"),
         (("--set", "speed=1"), "anisotropy has no setting 'speed'; it has: strength, target, lr, iterations"),
-        (("--limit", 0), "--limit is at least 1"),
-        (("--threshold", "nan"), "--threshold nan: a number, or auto"),
+        (("--limit", 0), "--limit: 0 is no whole number of at least 1"),
+        (("--threshold", "nan"), "--threshold: nan is no number or auto"),
         (("--calibration", "none"), "no calibrated threshold"),
         (("--clip", "missing"), "cannot be loaded as a CLIP model"),
         (("--dtype", "float16"), "gradients are lost in float16"),
         (("--prompts", "missing.txt"), "no such file"),
-        (("--steps", 1), "--steps is from 3 to 500"),
+        (("--steps", 1), "--steps: 1 is no whole number from 3 to 500"),
     ],
 )
 def test_bad_input(run_script, fast, prompts, tmp_path, arguments, message):

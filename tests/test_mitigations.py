@@ -11,18 +11,18 @@ from conftest import load_tiny
 from diffusers.models.attention_processor import AttnProcessor
 
 from local_sd_pipeline import NoisePrediction
-from memorization.detectors.registry import make_detectors
+from memorization.detectors.base import make_detectors
 from memorization.errors import InputError
 from memorization.index.build import build_index
 from memorization.mitigations.anisotropy import Anisotropy
 from memorization.mitigations.attention_rescale import AttentionRescale, RescalingAttnProcessor
+from memorization.mitigations.base import MITIGATIONS, make_mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.mitigations.cwr import WordRepetition
 from memorization.mitigations.dynamic_transition import DynamicTransition
 from memorization.mitigations.gni import EmbeddingNoise
 from memorization.mitigations.noise_norm import NoiseNorm
 from memorization.mitigations.perturbation import whole_words
-from memorization.mitigations.registry import MITIGATIONS, make_mitigation
 from memorization.mitigations.rewrite import Rewrite, nearest_words, word_order
 from memorization.mitigations.rna import RandomNumbers
 from memorization.mitigations.sail import Sail
@@ -167,7 +167,7 @@ def test_attention_of_start_token_grows_and_padding_gets_none(pipe, monkeypatch)
         assert (other[1, row, ..., 0] > kept[..., 0]).all()  # whatever the sign of its logit
     logits = (other / plain).log()[1, 0, 0, 0, : ends[0] + 1]  # up to a constant: only the start token's moves
     assert torch.allclose(logits[1:], logits[1:2].expand(ends[0]), atol=1e-4)
-    with pytest.raises(InputError, match="below 1"):
+    with pytest.raises(InputError, match="no number of at least 1"):
         AttentionRescale(0.5)
 
 

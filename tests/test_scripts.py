@@ -119,13 +119,13 @@ def test_changed_settings_are_refused(run_script, prompt_file, tmp_path):
         (["--model", TINY, "--prompts", "LIST", "--detectors", "magic"], "unknown detector magic"),
         (["--model", TINY, "--prompts", "LIST", "--num-images", "0"], "at least 1"),
         (["--model", TINY, "--prompts", "LIST", "--steps", "600"], "from 3 to 500"),
-        (["--model", TINY, "--prompts", "LIST", "--seed", "-1"], "--seed from 0"),
+        (["--model", TINY, "--prompts", "LIST", "--seed", "-1"], "--seed: -1 is no whole number from 0"),
         (["--model", TINY, "--prompts", "LIST", "--batch-size", "many"], "whole number"),
         (["--model", TINY, "--prompts", "LIST", "--device", "warp"], "device 'warp'"),
         (["--model", TINY, "--memorized", "LIST"], "--non-memorized"),
         (["--model", TINY, "--prompts", "LIST", "--calibration", "LIST"], "not a calibration file"),
         (["--prompts", "LIST"], "--model"),
-        (["--model", TINY, "--prompts", "LIST", "--seed", "x"], "invalid int"),
+        (["--model", TINY, "--prompts", "LIST", "--seed", "x"], "x is no whole number"),
     ],
 )
 def test_bad_input_is_one_clear_line(run_script, prompt_file, arguments, said):
@@ -310,7 +310,7 @@ def test_pickled_weights_are_refused(run_script, prompt_file, tmp_path):
 
 
 def test_evaluation_without_names_skips_what_has_no_labels(run_script, prompt_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(detect_eval, "ROOT", tmp_path)
+    monkeypatch.setattr("memorization.cli.eval.ROOT", tmp_path)
     plain = tmp_path / "plain.txt"
     plain.write_text("one\ntwo\n")
     detect(run_script, tmp_path / "results" / "unlabelled", plain)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import PROMPTS, load_tiny
 
-from memorization.detectors.registry import make_detectors
+from memorization.detectors.base import make_detectors
 from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
-from memorization.runs.detect import Scorer, SequentialScorer
+from memorization.runs.scorer import Scorer, SequentialScorer
 
 
 def test_bands_leave_clear_cases_alone():

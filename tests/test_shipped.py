@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from diffusers import StableDiffusionPipeline
 from sklearn.metrics import roc_auc_score
 
-from memorization.detectors.registry import DETECTORS
+from memorization.detectors.base import DETECTORS
 from memorization.evaluation.text_baselines import capitals, naive_bayes
 from memorization.index.store import Index
 from memorization.io.files import read_json, read_lines
@@ -18,8 +18,8 @@ from memorization.io.prompts import read_prompts
 from memorization.mitigations.amg import AMG
 from memorization.models.loading import load_pipeline, revision_of
 from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
-from memorization.models.registry import find_model
-from memorization.runs.detect import Scorer
+from memorization.models.spec import find_model
+from memorization.runs.scorer import Scorer
 from memorization.similarity.nl2 import normalized_l2
 
 ROOT = GOLDEN.parent.parent
@@ -85,7 +85,7 @@ def test_committed_scores_come_from_these_weights_and_this_code(model):
 def test_configured_weights_are_the_fitted_ones(model):
     fitted = yaml.safe_load((ROOT / "results" / "detection" / model / "main" / "calibration.yaml").read_text())
     settings = fitted["detectors"]["anisotropy"]["settings"]
-    configured = find_model(model).anisotropy
+    configured = find_model(model).settings_of("detectors")["anisotropy"]
     assert {key: settings[key] for key in configured} == configured
 
 

@@ -11,14 +11,14 @@ import torch
 from conftest import GOLDEN, load_tiny
 
 from local_sd_pipeline import NoisePrediction
+from memorization.detectors.base import make_detectors
 from memorization.detectors.features import FEATURES, features
 from memorization.detectors.guidance_flux import GuidanceFlux
 from memorization.detectors.p_laplace import PLaplace
-from memorization.detectors.registry import make_detectors
 from memorization.errors import InputError
 from memorization.io.published import PUBLISHED
 from memorization.models.generation import Step
-from memorization.runs.detect import Scorer
+from memorization.runs.scorer import Scorer
 from memorization.studies import benchmark_audit, fusion, p_laplace_sweep, sequential, timestep_sweep
 
 SHAPE = (4, 3, 3)

@@ -10,14 +10,14 @@ from diffusers import DDIMScheduler
 
 from local_sd_pipeline import NoisePrediction
 from memorization.detectors.attention_entropy import AttentionEntropy
+from memorization.detectors.base import make_detectors
 from memorization.detectors.bright_ending import BrightEnding
 from memorization.detectors.noise_norm import NoiseNorm
-from memorization.detectors.registry import make_detectors
 from memorization.detectors.trajectory_norm import TrajectoryNorm
 from memorization.detectors.transition_norm import Transition, transition_point
 from memorization.models.attention import Attention, end_of_text
 from memorization.models.generation import Step, generate
-from memorization.runs.detect import Scorer
+from memorization.runs.scorer import Scorer
 
 PROMPTS = ["a cat", "two dogs on a hill", ""]
 

@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from memorization.detectors.base import DETECTORS, PromptDetector
+
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
 
-COSINE_MODES = ("x,c|x", "x,x|c", "x|c,c|x")
 
-
+@DETECTORS.register
 @dataclass(frozen=True)
-class Anisotropy:
+class Anisotropy(PromptDetector):
     """``anisotropy`` with its terms ``norm`` and ``cosine``: each ``(prompts, noises)``, higher means memorized.
 
     Args:
@@ -49,15 +50,15 @@ class Anisotropy:
     norm_weight: float = 1.0
     cosine_weight: float = 1.0
     variant: Literal["official", "eps"] = "official"
-    cosine_mode: str = "x,c|x"
+    cosine_mode: Literal["x,c|x", "x,x|c", "x|c,c|x"] = "x,c|x"
     cosine: Literal["pixel", "vector"] = "pixel"
     normalization: Literal["None", "L1", "L2"] = "None"
     branch: Literal["auto", "epsilon", "v"] = "auto"
 
     name: ClassVar[str] = "anisotropy"
-    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0, -3)
     terms: ClassVar[tuple[str, ...]] = ("anisotropy", "norm", "cosine")
+    weights: ClassVar[dict[str, str]] = {"norm_weight": "norm", "cosine_weight": "cosine"}
 
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
         high, low = trace

@@ -21,27 +21,29 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
+from memorization.settings import Place
+
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class AttentionEntropy:
+class AttentionEntropy(GenerationDetector):
     """``attention_entropy`` in nats with its term ``layer_entropy``: values ``(rows,)``.
 
     Args:
         layer: cross-attention layer of ``layer_entropy``, from 0 in the order of the UNet's forward pass.
     """
 
-    layer: int = 3
+    layer: Place = 3
 
     name: ClassVar[str] = "attention_entropy"
-    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "layer_entropy")
 
-    @staticmethod
-    def attention_steps(steps: int) -> list[int]:
+    def attention_steps(self, steps: int) -> list[int]:
         return [0, *range(steps - max(1, steps // 5), steps)]
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

@@ -19,21 +19,22 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
+
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class BrightEnding:
+class BrightEnding(GenerationDetector):
     """``bright_ending``: values ``(rows,)``, at least 0. Of a step, energy and m are kept: ``(rows, 2, h, w)``."""
 
     name: ClassVar[str] = "bright_ending"
-    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("bright_ending",)
 
-    @staticmethod
-    def attention_steps(steps: int) -> range:
+    def attention_steps(self, steps: int) -> range:
         return range(steps - 1, steps)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

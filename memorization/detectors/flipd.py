@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GradientDetector
+from memorization.settings import Count, Positive, Seed
+
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class Flipd:
+class Flipd(GradientDetector):
     """``flipd`` (minus FLIPD, in latent dimensions): values ``(prompts, noises)``, higher means memorized.
 
     Args:
@@ -34,12 +38,11 @@ class Flipd:
         seed: of the directions.
     """
 
-    probes: int = 2
-    step: float = 1e-2
-    seed: int = 0
+    probes: Count = 2
+    step: Positive = 1e-2
+    seed: Seed = 0
 
     name: ClassVar[str] = "flipd"
-    needs: ClassVar[str] = "gradient"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("flipd",)
 

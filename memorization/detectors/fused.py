@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, PromptDetector
 from memorization.detectors.features import features
 
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class Fused:
+class Fused(PromptDetector):
     """``fused``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     turn_weight: float = 373.0
 
     name: ClassVar[str] = "fused"
-    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0, 10)
     terms: ClassVar[tuple[str, ...]] = ("fused",)
 

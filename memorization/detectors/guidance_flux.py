@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
 from memorization.detectors.laplacian import boundary
+from memorization.settings import Count, Seed
 
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class GuidanceFlux:
+class GuidanceFlux(GenerationDetector):
     """``guidance_flux``: values ``(rows,)`` in [-1, 1], higher means memorized.
 
     Args:
@@ -36,12 +39,11 @@ class GuidanceFlux:
         seed: of the points.
     """
 
-    every: int = 10
-    points: int = 2
-    seed: int = 0
+    every: Count = 10
+    points: Count = 2
+    seed: Seed = 0
 
     name: ClassVar[str] = "guidance_flux"
-    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("guidance_flux",)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, PromptDetector
+
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class NoiseNorm:
+class NoiseNorm(PromptDetector):
     """``noise_norm``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "noise_norm"
-    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("noise_norm",)
 

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, PromptDetector
+
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class OneStepDenoising:
+class OneStepDenoising(PromptDetector):
     """``one_step``: values ``(prompts, noises)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "one_step"
-    needs: ClassVar[str] = "prompt"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("one_step",)
 

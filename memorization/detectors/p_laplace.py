@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, ImageDetector
 from memorization.detectors.laplacian import boundary
+from memorization.settings import Count, Positive, Seed, Timestep
 
 if TYPE_CHECKING:
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class PLaplace:
+class PLaplace(ImageDetector):
     """``p_laplace`` with its term ``p_laplace_prompt``: values ``(rows,)``, higher means memorized.
 
     Args:
@@ -36,13 +39,12 @@ class PLaplace:
         seed: of the points, the same for every picture.
     """
 
-    power: float = 1.0
-    timestep: int = 10
-    points: int = 64
-    seed: int = 0
+    power: Positive = 1.0
+    timestep: Timestep = 10
+    points: Count = 64
+    seed: Seed = 0
 
     name: ClassVar[str] = "p_laplace"
-    needs: ClassVar[str] = "image"
     terms: ClassVar[tuple[str, ...]] = ("p_laplace", "p_laplace_prompt")
 
     def __call__(self, clean: Tensor, predict: Predictor) -> dict[str, Tensor]:

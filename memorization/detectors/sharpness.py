@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memorization.detectors.base import DETECTORS, GradientDetector
+from memorization.settings import Positive
+
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(GradientDetector):
     """``sharpness``: values ``(prompts, noises)``, at least 0, higher means memorized.
 
     Args:
@@ -36,12 +40,15 @@ class Sharpness:
     """
 
     method: Literal["exact", "difference"] = "difference"
-    step: float = 1e-3
+    step: Positive = 1e-3
 
     name: ClassVar[str] = "sharpness"
-    needs: ClassVar[str] = "gradient"
     steps: ClassVar[tuple[int, ...]] = (0,)
     terms: ClassVar[tuple[str, ...]] = ("sharpness",)
+
+    @property
+    def forward_mode(self) -> bool:
+        return self.method == "exact"
 
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace

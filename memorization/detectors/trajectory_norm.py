@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
+
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class TrajectoryNorm:
+class TrajectoryNorm(GenerationDetector):
     """``trajectory_norm`` (K = all steps) with its terms for K = 5 and 1: values ``(rows,)``, at least 0."""
 
     name: ClassVar[str] = "trajectory_norm"
-    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("trajectory_norm", "trajectory_norm_5", "trajectory_norm_1")
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

@@ -17,24 +17,26 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
+from memorization.settings import Count
+
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class TrajectoryZ:
+class TrajectoryZ(GenerationDetector):
     """Curves ``update_norm`` and ``x0_norm``: ``(rows, kept steps)``.
 
     Args:
         every: steps from one kept value to the next.
     """
 
-    every: int = 5
+    every: Count = 5
 
     name: ClassVar[str] = "trajectory_z"
-    needs: ClassVar[str] = "generation"
-    terms: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[str, ...]] = ("update_norm", "x0_norm")
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

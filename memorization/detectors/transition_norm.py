@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import DETECTORS, GenerationDetector
+
 if TYPE_CHECKING:
     from memorization.models.generation import Step
     from memorization.models.predictor import Predictor
@@ -28,12 +30,12 @@ def transition_point(norms: Tensor) -> Tensor:
     return turns.int().argmax(0)
 
 
+@DETECTORS.register
 @dataclass(frozen=True)
-class Transition:
+class Transition(GenerationDetector):
     """``transition_norm``: values ``(rows,)``, at least 0, higher means memorized."""
 
     name: ClassVar[str] = "transition_norm"
-    needs: ClassVar[str] = "generation"
     terms: ClassVar[tuple[str, ...]] = ("transition_norm",)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:

@@ -2,41 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from memorization.errors import InputError
+from memorization.evaluation.bands import Bands
+from memorization.settings import Count, Steps, make
+
+
+@dataclass(frozen=True)
+class CalibratedDetector:
+    """What a calibration says of one detector.
+
+    Attributes:
+        threshold: score from which on a prompt is flagged.
+        settings: those that the threshold holds for, where some were fitted.
+        bands: noises -> undecided band, where it was made with as many noises as the sequential mode may use.
+        levels: share of the prompts that are not memorized -> score below which that share lies.
+    """
+
+    threshold: float
+    realised_fpr: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    bands: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    levels: dict[float, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrationFile:
+    """A calibration as it is written."""
+
+    model: str
+    num_images: Count
+    steps: Steps
+    detectors: dict[str, dict]
+    run: str = ""
+    target_fpr: float | None = None
+    negatives: int = 0
+    positives: int = 0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds of a model's detectors.
+    """Thresholds of a model's detectors; without a file, nothing is calibrated and everything is allowed.
 
     Attributes:
-        anisotropy: settings of the anisotropy detector.
-        thresholds: detector -> score from which on a prompt is flagged.
-        bands: detector -> noises -> undecided band, where it was made with 8 noises.
-        levels: detector -> share of the prompts that are not memorized -> score below which that share lies.
-        holds_for: the model, number of noises and grid that it holds for.
+        detectors: by name.
+        holds_for: the model, number of noises (``num_images``) and grid (``steps``) that it holds for.
     """
 
     path: Path | None = None
-    anisotropy: dict = field(default_factory=dict)
-    thresholds: dict[str, float] = field(default_factory=dict)
-    bands: dict[str, dict] = field(default_factory=dict)
-    levels: dict[str, dict[float, float]] = field(default_factory=dict)
+    detectors: dict[str, CalibratedDetector] = field(default_factory=dict)
     holds_for: dict = field(default_factory=dict)
 
-    def check(self, asked: dict) -> None:
-        """Raises:
-        InputError: it holds for something else than ``asked``.
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Detector -> score from which on a prompt is flagged."""
+        return {name: one.threshold for name, one in self.detectors.items()}
+
+    @property
+    def levels(self) -> dict[str, dict[float, float]]:
+        """Detector -> share of the prompts that are not memorized -> score below which that share lies."""
+        return {name: one.levels for name, one in self.detectors.items() if one.levels}
+
+    @property
+    def settings(self) -> dict[str, dict]:
+        """Detector -> the settings that were fitted, and those beside them."""
+        return {name: one.settings for name, one in self.detectors.items() if one.settings}
+
+    def bands(self, name: str) -> Bands:
+        """The undecided bands of a detector.
+
+        Raises:
+            InputError: it has none.
         """
-        known = {**self.anisotropy, **self.holds_for}
-        for key, value in asked.items():
-            if self.path and known.get(key) != value:
-                raise InputError(f"{self.path} is for {key} = {known.get(key)}, not {value}")
+        if name not in self.detectors or not self.detectors[name].bands:
+            raise InputError(f"{self.path}: has no bands for {name}; detect_eval.py --calibrate makes them")
+        return {n: (low, high) for n, (low, high) in self.detectors[name].bands.items()}
+
+    def check(self, asked: Mapping[str, Any], settings: Mapping[str, Mapping] | None = None) -> None:
+        """See that it holds for what was ``asked``, and for the ``settings`` asked of detectors.
+
+        Raises:
+            InputError: it holds for something else.
+        """
+        if not self.path:
+            return
+        pairs = [(key, self.holds_for.get(key), value) for key, value in asked.items()]
+        for name, own in self.settings.items():
+            pairs += [(key, own.get(key), value) for key, value in (settings or {}).get(name, {}).items()]
+        for key, known, value in pairs:
+            if known != value:
+                raise InputError(f"{self.path} is for {key} = {known}, not {value}")
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -47,14 +108,10 @@ def read_calibration(path: Path) -> Calibration:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        detectors = content["detectors"]
-        return Calibration(
-            path,
-            dict(detectors.get("anisotropy", {}).get("settings", {})),
-            {name: float(values["threshold"]) for name, values in detectors.items()},
-            {name: values["bands"] for name, values in detectors.items() if "bands" in values},
-            {name: dict(values["levels"]) for name, values in detectors.items() if "levels" in values},
-            {key: content[key] for key in ("model", "num_images", "steps")},
-        )
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
+        if not isinstance(content, dict) or "detectors" not in content:
+            raise ValueError
+    except (OSError, yaml.YAMLError, ValueError):  # UnicodeDecodeError is a ValueError
         raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them") from None
+    file = make(CalibrationFile, content, str(path))
+    detectors = {name: make(CalibratedDetector, values, f"{path}: {name}") for name, values in file.detectors.items()}
+    return Calibration(path, detectors, {key: getattr(file, key) for key in ("model", "num_images", "steps")})

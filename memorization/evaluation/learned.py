@@ -7,6 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+ONE_TRACE = ("norm", "cosine", "one_step")  # what the learned combination is made of: a single trace's scores
+
 
 def learned_combination(terms: np.ndarray, labels: np.ndarray, learn: np.ndarray) -> np.ndarray:
     """Log-odds of label 1, ``(rows,)``, by logistic regression over ``terms (rows, k)`` on the rows ``learn``."""

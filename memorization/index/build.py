@@ -5,7 +5,6 @@ Building goes on where it stopped and adds what is new; pictures that cannot be 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 from pathlib import Path
@@ -18,12 +17,12 @@ from memorization.errors import InputError
 from memorization.index.approximate import NAME
 from memorization.index.descriptors import Describe, descriptor
 from memorization.index.store import Index, items_of
-from memorization.io.files import read_json, write_atomically
+from memorization.io.files import LineFile, line_of, read_json, write_atomically
 from memorization.io.pictures import list_pictures, read_picture, to_tensor
 from memorization.io.prompts import read_prompts
 from memorization.models.devices import pick_device
-from memorization.models.registry import ModelSpec
-from memorization.paths import ROOT
+from memorization.models.spec import ModelSpec
+from memorization.paths import ROOT, default_out, in_project
 
 
 def listed(source: Path) -> list[dict]:
@@ -60,41 +59,37 @@ def build_index(
         InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
             cannot be had.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
     device = pick_device(device)
     (describe, name), raw = descriptor(kind, size, model), kind == "pixels"
     width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=device)).shape[1]
     record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": name} if name else {})
-    if not (folder / "index.json").exists():
-        write_atomically(folder / "index.json", json.dumps(record) + "\n")
-    if read_json(folder / "index.json") != record:
-        raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
     row = width * (1 if raw else 4)  # bytes
-    with open(folder / "features.bin", "ab") as features, open(folder / "items.jsonl", "ab") as items:
-        try:
-            fcntl.flock(items, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is building this index") from None
-        # What a killed build wrote of its last batch goes, and what lost its features is made again.
-        done = items_of(folder)[: (folder / "features.bin").stat().st_size // row]
-        features.truncate(len(done) * row)
-        items.truncate(sum(len(_line(item)) for item in done))
-        new = _new(listed(source), done, source)
-        for start in tqdm(range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures", disable=not new):
-            batch = [(item, picture) for item in new[start : start + at_once]
-                     if (picture := read_or_skip(ROOT / item["file"], size)) is not None]  # fmt: skip
-            if not batch:
-                continue
-            (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
-            pictures = [picture for _, picture in batch]
-            found = np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, device)
-            features.write(np.ascontiguousarray(found).tobytes())
-            features.flush()
-            items.write(b"".join(_line(item) for item, _ in batch))
-            items.flush()
+    with LineFile(folder / "items.jsonl", "another process is building this index") as items:
+        if not (folder / "index.json").exists():
+            write_atomically(folder / "index.json", json.dumps(record) + "\n")
+        if read_json(folder / "index.json") != record:
+            raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
+        with open(folder / "features.bin", "ab") as features:
+            # What a killed build wrote of its last batch goes, and what lost its features is made again.
+            done = items_of(folder)[: (folder / "features.bin").stat().st_size // row]
+            features.truncate(len(done) * row)
+            items.cut(sum(len(line_of(item)) for item in done))
+            new = _new(listed(source), done, source)
+            for start in tqdm(
+                range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures", disable=not new
+            ):
+                batch = [(item, picture) for item in new[start : start + at_once]
+                         if (picture := read_or_skip(ROOT / item["file"], size)) is not None]  # fmt: skip
+                if not batch:
+                    continue
+                (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
+                pictures = [picture for _, picture in batch]
+                found = (
+                    np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, device)
+                )
+                features.write(np.ascontiguousarray(found).tobytes())
+                features.flush()
+                items.append(item for item, _ in batch)
     return Index(folder)
 
 
@@ -102,15 +97,10 @@ def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
     """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
     wanted = {}
     for item in items:
-        item = {**item, "file": _in_project(_place(item["path"], source).resolve())}
+        item = {**item, "file": in_project(_place(item["path"], source).resolve())}
         wanted.setdefault(item["file"], item)
-    known = {_in_project(Path(item["file"])) for item in done if "file" in item}
+    known = {in_project(Path(item["file"])) for item in done if "file" in item}
     return [item for file, item in wanted.items() if file not in known]
-
-
-def _in_project(path: Path) -> str:
-    """A file of the project relative to it, so that the project can be moved; others as they are."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def _place(name: str, source: Path) -> Path:
@@ -125,10 +115,10 @@ def own_index(spec: ModelSpec) -> Path:
     Raises:
         InputError: it has no list with pictures.
     """
-    source = ROOT / spec.prompts.get("prompts", "")
-    if not source.is_file() or "image" not in read_prompts(source):
+    source = spec.own_list()
+    if source is None or not source.is_file() or "image" not in read_prompts(source):
         raise InputError(f"model {spec.name!r} has no list of training pictures: python -m memorization.index build")
-    folder = ROOT / "results" / "local" / f"{spec.name}-index"
+    folder = default_out(f"{spec.name}-index")
     build_index(source, folder, "pixels", (64, 64))
     return folder
 
@@ -146,10 +136,6 @@ def describe_pictures(describe: Describe, pictures: list[np.ndarray], device: to
             for i, vector in zip(chunk, made, strict=True):
                 found[i] = vector
     return np.stack(found)
-
-
-def _line(item: dict) -> bytes:
-    return (json.dumps(item, ensure_ascii=False) + "\n").encode()
 
 
 def read_or_skip(path: Path, size: tuple[int, int] | None) -> np.ndarray | None:

@@ -7,13 +7,6 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from memorization.models.decoding import encode_pixels
-from memorization.models.loading import load_autoencoder
-from memorization.similarity.clip import Clip
-from memorization.similarity.sscd import SSCD
-
-FEATURES = ("pixels", "latents", "sscd", "clip")
-SIZED = ("pixels", "latents")  # compared by l2, at one size; the others by their cosine
 SSCD_PRESET = "amg-224"  # as AMG's authors feed it, since their gates are of it
 
 Describe = Callable[[Tensor], Tensor]
@@ -39,10 +32,18 @@ def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tu
 
     if kind == "pixels":
         return lambda pictures: resized(pictures).flatten(1), None
+    # Networks are imported where they are needed: an index of pixels needs none, and they take seconds.
     if kind == "latents":
+        from memorization.models.decoding import encode_pixels
+        from memorization.models.loading import load_autoencoder
+
         vae = load_autoencoder(model)
         return lambda pictures: encode_pixels(vae.to(pictures.device), resized(pictures)).flatten(1), model
     if kind == "clip":
+        from memorization.similarity.clip import Clip
+
         return Clip(model).describe, model
+    from memorization.similarity.sscd import SSCD
+
     sscd = SSCD(SSCD_PRESET)
     return sscd.describe, sscd.name

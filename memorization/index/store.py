@@ -20,8 +20,9 @@ from torch import Tensor
 
 from memorization.errors import InputError
 from memorization.index.approximate import NAME, Candidates
-from memorization.index.descriptors import SIZED, Describe, descriptor
-from memorization.io.files import read_json
+from memorization.index.descriptors import Describe, descriptor
+from memorization.index.kinds import SIZED
+from memorization.io.files import read_json, read_whole_lines
 from memorization.similarity.nl2 import l2
 
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
@@ -140,9 +141,4 @@ class Index:
 
 def items_of(folder: Path) -> list[dict]:
     """The whole lines of ``items.jsonl``, a picture each."""
-    path = folder / "items.jsonl"
-    content = path.read_bytes() if path.exists() else b""
-    try:
-        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line]
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); build the index anew, in another folder") from None
+    return read_whole_lines(folder / "items.jsonl", "build the index anew, in another folder")[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,18 @@ from memorization.paths import ROOT
 OPTIONAL = ("label", "family", "kind", "duplicates", "replication", "image", "split")
 # How published lists name what we call prompt and kind.
 ALIASES = {"caption": "prompt", "type": "kind", "overfit_type": "kind"}
+
+
+class Listed(NamedTuple):
+    """What a run is about.
+
+    Attributes:
+        frame: a row a prompt or picture.
+        hashes: role -> sha256 of what it was read from: tells the list from others.
+    """
+
+    frame: pd.DataFrame
+    hashes: dict[str, str]
 
 
 def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
@@ -68,6 +82,41 @@ def read_pair(memorized: str | Path, non_memorized: str | Path) -> pd.DataFrame:
     parts = [part[shared] for part in parts]
     frame = pd.concat(parts, ignore_index=True)
     frame.attrs["blank_lines"] = sum(part.attrs["blank_lines"] for part in parts)
+    return frame
+
+
+def read_lists(files: Mapping[str, Path]) -> Listed:
+    """The prompts of ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``, with families.
+
+    Raises:
+        InputError: as :func:`read_prompts`.
+    """
+    if "prompts" in files:
+        frame = read_prompts(files["prompts"])
+    else:
+        frame = read_pair(files["memorized"], files["non_memorized"])
+    hashes = {role: hashlib.sha256(Path(path).read_bytes()).hexdigest() for role, path in files.items()}
+    return Listed(with_families(frame), hashes)
+
+
+def listed(prompts: Sequence[str] | pd.DataFrame | str | Path) -> Listed:
+    """The same of a list in memory (texts, or a frame with a column ``prompt``), or of one file.
+
+    Raises:
+        InputError: there is no prompt, or no such file.
+    """
+    if isinstance(prompts, (str, Path)):
+        return read_lists({"prompts": Path(prompts)})
+    frame = prompts.reset_index(drop=True) if isinstance(prompts, pd.DataFrame) else pd.DataFrame({"prompt": prompts})
+    if "prompt" not in frame or frame.empty or not frame["prompt"].map(_is_text).all():
+        raise InputError("prompts: texts, a frame with a column 'prompt', or a file; at least one prompt")
+    return Listed(with_families(frame.copy()), {"prompts": hashlib.sha256(frame.to_csv().encode()).hexdigest()})
+
+
+def with_families(frame: pd.DataFrame) -> pd.DataFrame:
+    """A labelled list that names no families gets them, by near-copies."""
+    if "label" in frame and ("family" not in frame or not frame["family"].map(bool).all()):
+        frame["family"] = near_copy_families(frame["prompt"].tolist())
     return frame
 
 

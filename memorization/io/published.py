@@ -11,8 +11,6 @@ import urllib.request
 from pathlib import Path
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, run_script
-from memorization.paths import ROOT
 
 _ANISOTROPY = "rohanasthana/memorization-anisotropy/97e991bac4171ad0547c5779c31180ea8e9f672e"
 _LOCALIZING = "ml-research/localizing_memorization_in_diffusion_models/f952eded64fca0bcf42e0bb3be9a01d64653cfdb"
@@ -69,17 +67,3 @@ def _get(origin: str) -> bytes:
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(f"{origin}: cannot be had ({reason}); --from DIR|URL names a mirror") from None
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Download the field's prompt lists (pinned commit, sha256 checked).")
-    parser.add_argument("command", choices=["fetch"])
-    parser.add_argument("--from", dest="source", metavar="DIR|URL", help="a mirror that holds the files by their names")
-    parser.add_argument("--out", type=Path, default=ROOT / "prompts" / "published", help="default: prompts/published")
-    args = parser.parse_args()
-    for path in fetch(args.out, args.source):
-        print(path)
-
-
-if __name__ == "__main__":
-    run_script(main)

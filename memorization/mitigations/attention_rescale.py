@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from memorization.errors import InputError
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.models.attention import end_of_text
+from memorization.settings import Bounds
 
 
 class RescalingAttnProcessor(AttnProcessor):
@@ -53,18 +54,15 @@ class RescalingAttnProcessor(AttnProcessor):
             del attn.get_attention_scores
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class AttentionRescale:
+class AttentionRescale(Mitigation):
     """``attention_rescale``. ``strength``: C, at least 1."""
 
-    strength: float = 1.25
+    strength: Annotated[float, Bounds(1)] = 1.25
 
     name: ClassVar[str] = "attention_rescale"
     strengths: ClassVar[tuple[float, ...]] = (1.1, 1.25, 1.5, 2.0, 3.0)
-
-    def __post_init__(self) -> None:
-        if self.strength < 1:
-            raise InputError(f"attention_rescale: strength {self.strength:g} is below 1")
 
     def __call__(self, case: Case) -> Remedy:
         ends = end_of_text(case.pipe, case.prompts).repeat_interleave(len(case.noise))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline, UnconditionalPrediction
 from memorization.detectors.base import PromptDetector
-from memorization.errors import InputError
 from memorization.models.generation import Guide
 
 
@@ -62,27 +61,6 @@ class Case:
         timesteps = [self.grid[place] for place in detector.steps]
         trace = self.pipe.trace(embeds, self.noise, timesteps, self.uncond, self.batch_size)
         return detector([trace[t] for t in timesteps])[name].mean(1)
-
-    def bound(self, mitigation) -> float:
-        """The score at which ``mitigation`` stops: its own ``target``, or its level of what it ``lowers``."""
-        return mitigation.target if mitigation.target is not None else level_of(self.levels, mitigation)
-
-
-def level_of(levels: dict[str, dict[float, float]], mitigation) -> float:
-    """The score below which a share ``mitigation.strength`` of the prompts that are not memorized lies.
-
-    Raises:
-        InputError: the calibration does not say.
-    """
-    name, level = mitigation.lowers, mitigation.strength
-    try:
-        return levels[name][level]
-    except KeyError:
-        known = ", ".join(f"{share:g}" for share in levels.get(name, {})) or "none"
-        raise InputError(
-            f"no level {level:g} of {name} in the calibration (it holds: {known}); "
-            f"calibrate with detect_eval.py --calibrate, or give the score to reach: --set target=X"
-        ) from None
 
 
 @dataclass(frozen=True)

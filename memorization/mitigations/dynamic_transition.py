@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from local_sd_pipeline import NoisePrediction
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.models.generation import Guide
+from memorization.settings import Count
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class DynamicTransition:
+class DynamicTransition(Mitigation):
     """``dynamic_transition``. ``strength``: for how many steps in a row || d || must lie above its minimum so far."""
 
-    strength: float = 1
+    strength: Count = 1
 
     name: ClassVar[str] = "dynamic_transition"
     strengths: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5)

@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from memorization.mitigations.base import Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.settings import Count, Positive
 from optim_utils import all_but_the_start_token, descend
 
 
 @dataclass(frozen=True)
-class EmbeddingDescent:
+class EmbeddingDescent(Mitigation):
     """Lower a detector's score by changing the embedding; the start token stays.
 
     Args:
@@ -26,18 +28,16 @@ class EmbeddingDescent:
         lr, iterations: of the descent.
     """
 
-    strength: float = 0.5
+    strength: Positive = 0.5
     target: float | None = None
-    lr: float = 0.05
-    iterations: int = 20
+    lr: Positive = 0.05
+    iterations: Count = 20
 
-    name: ClassVar[str]
-    lowers: ClassVar[str]
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:
         found = descend(
             lambda embeds, rows: case.score(self.lowers, embeds), case.embeds, lr=self.lr, iterations=self.iterations,
-            target=case.bound(self), free=all_but_the_start_token(case.embeds),
+            target=self.bound(case.levels), free=all_but_the_start_token(case.embeds),
         )  # fmt: skip
         return Remedy.unchanged(case, embeds=found.best, iterations=found.steps.tolist())

@@ -8,15 +8,18 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.mitigations.perturbation import generator_of
+from memorization.settings import Positive
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class EmbeddingNoise:
+class EmbeddingNoise(Mitigation):
     """``gni``. ``strength``: standard deviation of the noise."""
 
-    strength: float = 0.3
+    strength: Positive = 0.3
 
     name: ClassVar[str] = "gni"
     strengths: ClassVar[tuple[float, ...]] = (0.1, 0.3, 1, 2, 4)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from memorization.mitigations.base import MITIGATIONS
 from memorization.mitigations.embedding_descent import EmbeddingDescent
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
 class NoiseNorm(EmbeddingDescent):
     """``noise_norm``."""

@@ -13,15 +13,16 @@ The draws of a prompt depend on its text and the seed alone, not on the batch.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 import numpy as np
 
-from memorization.errors import InputError
+from memorization.mitigations.base import Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.settings import Count
 
 
 def generator_of(prompt: str, seed: int) -> np.random.Generator:
@@ -42,17 +43,12 @@ def whole_words(tokenizer) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class TextPerturbation(ABC):
+class TextPerturbation(Mitigation):
     """Insert ``strength`` words at random places."""
 
-    strength: float = 4
+    strength: Count = 4
 
-    name: ClassVar[str]
     strengths: ClassVar[tuple[float, ...]] = (1, 2, 4, 6, 8)
-
-    def __post_init__(self) -> None:
-        if self.strength != int(self.strength):
-            raise InputError(f"{self.name}: strength {self.strength:g} is no number of words")
 
     @abstractmethod
     def word(self, words: list[str], case: Case, rng: np.random.Generator) -> str:
@@ -62,7 +58,7 @@ class TextPerturbation(ABC):
         changed = []
         for prompt in case.prompts:
             rng, words = generator_of(prompt, case.seed), prompt.split()
-            for _ in range(int(self.strength)):
+            for _ in range(self.strength):
                 words.insert(rng.integers(len(words) + 1), self.word(words, case, rng))
             changed.append(" ".join(words))
         return Remedy.unchanged(case, prompts=changed, embeds=case.pipe.embed(changed).float())

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from memorization.detectors.explain import token_significance
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.mitigations.perturbation import whole_words
+from memorization.settings import Count, Positive, Share
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class Rewrite:
+class Rewrite(Mitigation):
     """``rewrite``.
 
     Args:
@@ -31,17 +34,17 @@ class Rewrite:
         share: at most this share of the words is changed.
     """
 
-    strength: float = 0.5
+    strength: Positive = 0.5
     target: float | None = None
-    candidates: int = 16
-    share: float = 0.5
+    candidates: Count = 16
+    share: Share = 0.5
 
     name: ClassVar[str] = "rewrite"
     lowers: ClassVar[str] = "anisotropy"
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:
-        target = case.bound(self)
+        target = self.bound(case.levels)
         with torch.no_grad():
             scores = case.score(self.lowers, case.embeds)
         found = [

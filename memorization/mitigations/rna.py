@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from memorization.mitigations.base import MITIGATIONS
 from memorization.mitigations.perturbation import TextPerturbation
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
 class RandomNumbers(TextPerturbation):
     """``rna``. ``strength``: how many words."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from memorization.mitigations.base import MITIGATIONS
 from memorization.mitigations.perturbation import TextPerturbation, whole_words
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
 class RandomTokens(TextPerturbation):
     """``rt``. ``strength``: how many words."""

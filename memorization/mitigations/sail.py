@@ -19,12 +19,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.settings import Count, NotNegative, Positive
 from optim_utils import descend
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class Sail:
+class Sail(Mitigation):
     """``sail``.
 
     Args:
@@ -33,11 +36,11 @@ class Sail:
         alpha: weight of the size of x_T; .05 for SD 1.4, .01 for SD 2.
     """
 
-    strength: float = 0.5
+    strength: Positive = 0.5
     target: float | None = None
-    alpha: float = 0.05
-    lr: float = 0.05
-    iterations: int = 20
+    alpha: NotNegative = 0.05
+    lr: Positive = 0.05
+    iterations: Count = 20
 
     name: ClassVar[str] = "sail"
     lowers: ClassVar[str] = "noise_norm"
@@ -49,7 +52,7 @@ class Sail:
         empty = case.pipe.embed([""]).float()
         t = case.grid[0]
         start = case.noise.repeat(len(case.prompts), 1, 1, 1)
-        bound = case.bound(self) + self.alpha * start[0].numel() ** 0.5
+        bound = self.bound(case.levels) + self.alpha * start[0].numel() ** 0.5
 
         def guidance(x: Tensor, rows: Tensor) -> Tensor:
             pairs = torch.cat([empty.expand(len(rows), -1, -1), embeds[rows]])

@@ -11,19 +11,22 @@ unconditional one in others; here it is the unconditional one (scale 0).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from local_sd_pipeline import NoisePrediction
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.settings import Bounds
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class StaticTransition:
+class StaticTransition(Mitigation):
     """``static_transition``. ``strength``: the timestep below which guidance acts."""
 
-    strength: float = 650
+    strength: Annotated[float, Bounds(0, 1000)] = 650
 
     name: ClassVar[str] = "static_transition"
     strengths: ClassVar[tuple[float, ...]] = (900, 800, 650, 500, 350)

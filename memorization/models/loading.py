@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +11,40 @@ from diffusers import AutoencoderKL
 
 from local_sd_pipeline import PREDICTION_TYPES, LocalStableDiffusionPipeline
 from memorization.errors import InputError
-from memorization.models.devices import DTYPES
-from memorization.models.registry import ModelSpec, find_model, model_names
+from memorization.models.devices import DTYPES, pick_device, pick_dtype
+from memorization.models.spec import ModelSpec, find_model, model_names
+from memorization.paths import ROOT
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is loaded.
+
+    Attributes:
+        name: as it was asked for; a run's settings keep it.
+        dtype: of the UNet and text encoder.
+    """
+
+    name: str
+    spec: ModelSpec
+    pipe: LocalStableDiffusionPipeline
+    dtype: str
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True) -> Model:
+    """Load a model by its name, YAML file, folder or hub id.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        dtype: None for the model's own, else by hardware.
+        pictures: load the autoencoder too; scores of prompts do without it.
+
+    Raises:
+        InputError: there is no such model or device, the hub cannot be reached, or the checkpoint lacks what is needed.
+    """
+    spec, place = find_model(name), pick_device(device)
+    dtype = pick_dtype(dtype or spec.dtype, place)
+    return Model(name, spec, load_pipeline(spec, dtype, place, pictures=pictures), dtype)
 
 
 def load_pipeline(
@@ -31,6 +64,12 @@ def load_pipeline(
     for identifier in spec.ids:
         folder = Path(identifier)
         local = folder.is_dir()
+        if not local and (folder.is_absolute() or identifier.count("/") > 1):
+            where = (
+                "" if (ROOT / "testbed").is_dir() else "; the shipped models lie in the repository, not in the package"
+            )
+            reasons.append(f"{identifier}: no such folder{where}")
+            continue
         if local and not (folder / "model_index.json").is_file():
             raise InputError(f"{identifier}: no model_index.json in this folder; it is no diffusers checkpoint")
         try:
@@ -40,10 +79,13 @@ def load_pipeline(
                 folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, **unused
             )
         except Exception as error:  # diffusers, the hub client and safetensors each raise their own kinds
-            reasons.append((identifier, local, error))
+            reasons.append(_why_not(identifier, local, error))
             continue
         return _place(pipe, device)
-    raise InputError(_why_not_loaded(spec, reasons))
+    known = ", ".join(model_names())
+    raise InputError(
+        f"model {spec.name!r}: {'; '.join(reasons)}. Names: {known}; or give a YAML file, folder or hub id"
+    )
 
 
 def load_autoencoder(identifier: str) -> AutoencoderKL:
@@ -89,15 +131,11 @@ def _place(pipe: LocalStableDiffusionPipeline, device: torch.device) -> LocalSta
     return pipe
 
 
-def _why_not_loaded(spec: ModelSpec, reasons: list[tuple[str, bool, Exception]]) -> str:
-    parts = []
-    for identifier, local, error in reasons:
-        text = " ".join(str(error).split())[:200]
-        if local:
-            parts.append(f"{identifier}: cannot be loaded as a Stable Diffusion checkpoint in safetensors ({text})")
-        else:
-            parts.append(f"{identifier}: no folder, and the hub does not give it ({type(error).__name__}: {text})")
-    return f"model {spec.name!r}: {'; '.join(parts)}. Names: {', '.join(model_names())}; or give a folder or hub id"
+def _why_not(identifier: str, local: bool, error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if local:
+        return f"{identifier}: cannot be loaded as a Stable Diffusion checkpoint in safetensors ({text})"
+    return f"{identifier}: no folder, and the hub does not give it ({type(error).__name__}: {text})"
 
 
 def revision_of(pipe: LocalStableDiffusionPipeline) -> str:

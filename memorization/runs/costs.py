@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,13 @@ from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import Detector
-from memorization.runs.detect import Scorer
+from memorization.io.files import write_atomically
+from memorization.io.prompts import Listed
+from memorization.models.loading import Model
+from memorization.runs.detect import Scoring
+from memorization.runs.memory import default_batch_size
+from memorization.runs.scorer import Scorer
+from memorization.runs.store import ResultStore
 
 
 class RowCounter:
@@ -68,6 +75,18 @@ def measure_costs(
                 "seconds": float(f"{seconds / len(prompts):.4g}"),
             }
     return costs
+
+
+def write_costs(
+    model: Model, detectors: Sequence[Detector], listed: Listed, scoring: Scoring, store: ResultStore
+) -> None:
+    """The costs on the first four prompts of a run, to ``costs.json`` beside its scores."""
+    batch_size = scoring.batch_size or default_batch_size(model.pipe)
+    costs = measure_costs(
+        model.pipe, detectors, listed.frame["prompt"].tolist()[:4], steps=scoring.steps,
+        batch_size=store.record.get("batch_size_used", batch_size),
+    )  # fmt: skip
+    write_atomically(store.folder / "costs.json", json.dumps(costs, indent=1) + "\n")
 
 
 def _now(pipe: LocalStableDiffusionPipeline) -> float:

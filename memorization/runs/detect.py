@@ -1,216 +1,176 @@
-"""Score a list of prompts: one trace and one generation for all detectors, batched over prompts x noises."""
+"""Score a list of prompts, or of pictures, into a folder or into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import NEEDS, Detector
-from memorization.errors import InputError
-from memorization.evaluation.bands import ROUNDS, Bands, noises_needed
-from memorization.models.attention import end_of_text
-from memorization.models.generation import generate
-from memorization.models.predictor import Predictor
-from memorization.runs.memory import with_memory
-from memorization.runs.store import ResultStore
+from memorization.detectors.base import DETECTORS, Detector, make_detectors
+from memorization.evaluation.bands import ROUNDS
+from memorization.evaluation.calibration import Calibration
+from memorization.io.prompts import Listed
+from memorization.models.loading import Model, revision_of
+from memorization.models.spec import ModelSpec
+from memorization.paths import in_project
+from memorization.runs.memory import default_batch_size, with_memory
+from memorization.runs.pictures import PictureScorer
+from memorization.runs.scorer import Scorer, SequentialScorer
+from memorization.runs.store import MemoryStore, ResultStore, Store
+from memorization.settings import Checked, Count, NotNegative, Seed, Steps, fitted
 
 KEPT = ("label", "family", "kind", "duplicates", "replication", "split")  # columns of a list that scores keep
 
 
-def count_long_prompts(pipe: LocalStableDiffusionPipeline, prompts: Sequence[str]) -> int:
-    """How many prompts have more tokens than the text encoder reads; the rest of them is cut off."""
-    lengths = [len(ids) for ids in pipe.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
-    return sum(length > pipe.tokenizer.model_max_length for length in lengths)
-
-
-class Scorer:
-    """Everything that does not depend on the prompts: noise, timesteps and the unconditional predictions.
+@dataclass(frozen=True)
+class Scoring(Checked):
+    """How prompts are scored: everything but the model, the list and the detectors.
 
     Args:
-        noises: how many a prompt, the same for every prompt.
-        first_noise: the first of them, in the sequence of the seed's noises.
-        steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
-        guidance_scale: of the generation.
-        batch_size: rows (prompt-noise pairs) to a UNet call.
+        noises: a prompt.
+        seed: of the noise; the default is the public code's.
+        steps: of the DDIM grid that places the timesteps, and of the generation that some detectors read.
+        guidance_scale: of that generation; None for the model's own.
+        batch_size: rows (prompt x noise) to a UNet call; None to choose by device. Halved on out of memory.
+        sequential: 1, 2, 4, 8 noises, more for undecided prompts alone; needs a calibration made with 8.
     """
 
-    def __init__(
-        self,
-        pipe: LocalStableDiffusionPipeline,
-        detectors: Sequence[Detector],
-        *,
-        noises: int,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        guidance_scale: float = 7.5,
-        first_noise: int = 0,
-    ) -> None:
-        self.pipe, self.batch_size, self.steps, self.guidance_scale = pipe, batch_size, steps, guidance_scale
-        self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
-        if self.of["gradient"] and pipe.unet.dtype != torch.float32:
-            names = ", ".join(detector.name for detector in self.of["gradient"])
-            raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
-        if any(getattr(detector, "method", "") == "exact" for detector in detectors):
-            pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
-        grid = pipe.detection_timesteps(steps)
-        one_step = self.of["prompt"] + self.of["gradient"]
-        for detector in one_step:
-            if max(detector.steps) >= steps:
-                raise InputError(f"{detector.name} reads step {max(detector.steps)} of the grid: give more --steps")
-        self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
-        self.latents = pipe.pure_noise(first_noise + noises, seed)[first_noise:]
-        with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
-            self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
+    noises: Count = 1
+    seed: Seed = 51
+    steps: Steps = 50
+    guidance_scale: NotNegative | None = None
+    batch_size: Count | None = None
+    sequential: bool = False
 
-    @property
-    def prompts_at_once(self) -> int:
-        """Prompts to a batch: as many as fill a UNet call."""
-        return max(1, self.batch_size // len(self.latents))
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list]]:
-        """Values a noise (or curves) of every detector and its terms, a dict a prompt.
-
-        Raises:
-            InputError: the model gave a value that is not finite; names the prompt.
-        """
-        embeds = self.pipe.embed(prompts)
-        values = self._from_trace(embeds)
-        if self.of["generation"] or self.of["image"]:
-            values |= self._from_generation(prompts, embeds)
-        return as_rows(values, prompts)
-
-    def _from_trace(self, embeds: Tensor) -> dict[str, Tensor]:
-        """Values ``(prompts, noises)`` of the detectors that read the trace."""
-        trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
-        values = {}
-        for detector in self.of["prompt"]:
-            values |= detector([trace[self.timesteps[place]] for place in detector.steps])
-        predict = Predictor(self.pipe, embeds, self.uncond.embedding, self.batch_size)
-        for detector in self.of["gradient"]:
-            values |= detector([trace[self.timesteps[place]] for place in detector.steps], predict)
-        return values
-
-    def _from_generation(self, prompts: Sequence[str], embeds: Tensor) -> dict[str, Tensor]:
-        """Values ``(prompts, noises, ...)`` of the detectors that read a generation or its end.
-
-        A row fills two places of a UNet call, so the prompt-noise pairs go in halves of the batch size.
-        """
-        noises = len(self.latents)
-        readers = [detector for detector in self.of["generation"] if hasattr(detector, "attention_steps")]
-        recorded = {i for detector in readers for i in detector.attention_steps(self.steps)}
-        ends = end_of_text(self.pipe, prompts)
-        parts: dict[str, list[Tensor]] = {}
-        for pairs in torch.arange(len(prompts) * noises, device=embeds.device).split(max(1, self.batch_size // 2)):
-            row_embeds, latents = embeds[pairs // noises], self.latents[pairs % noises]
-            predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
-            kept = [[] for _ in self.of["generation"]]
-            for step in generate(
-                self.pipe, row_embeds, self.uncond.embedding, latents,
-                steps=self.steps, guidance_scale=self.guidance_scale,
-                ends=ends[pairs // noises], attention_steps=recorded,
-            ):  # fmt: skip
-                for detector, of_steps in zip(self.of["generation"], kept, strict=True):
-                    of_steps.append(detector.reduce(step, predict))
-            for detector, of_steps in zip(self.of["generation"], kept, strict=True):
-                _collect(parts, detector(torch.stack(of_steps)))
-            for detector in self.of["image"]:
-                _collect(parts, detector(step.after, predict))
-        return {name: torch.cat(values).unflatten(0, (-1, noises)) for name, values in parts.items()}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequential:
+            object.__setattr__(self, "noises", ROUNDS[-1])
 
 
-def _collect(parts: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        parts.setdefault(name, []).append(value)
-
-
-class SequentialScorer:
-    """A scorer that asks for more noises of the undecided prompts alone.
+def configured_detectors(
+    names: Sequence[str], asked: Mapping[str, Mapping], spec: ModelSpec, calibration: Calibration, holds_for: Mapping
+) -> list[Detector]:
+    """Detectors with the model's settings, over them the calibrated ones, over them those that were ``asked`` for.
 
     Args:
-        detector: the score that decides.
-        bands: from :func:`fit_bands`.
-        arguments: those of :class:`Scorer` but for the noises.
-    """
-
-    def __init__(self, *arguments, detector: str, bands: Bands, **settings) -> None:
-        self.detector, self.bands = detector, bands
-        self.scorers = [
-            Scorer(*arguments, noises=n - before, first_noise=before, **settings)
-            for before, n in zip((0, *ROUNDS[:-1]), ROUNDS, strict=True)
-        ]
-
-    @property
-    def prompts_at_once(self) -> int:
-        return self.scorers[0].prompts_at_once
-
-    def __call__(self, prompts: Sequence[str]) -> list[dict[str, list]]:
-        """As :meth:`Scorer.__call__`, with lists as long as noises were needed."""
-        values: list[dict[str, list]] = [{} for _ in prompts]
-        undecided = list(range(len(prompts)))
-        for noises, scorer in zip(ROUNDS, self.scorers, strict=True):
-            for i, new in zip(undecided, scorer([prompts[i] for i in undecided]), strict=True):
-                for name, added in new.items():
-                    values[i].setdefault(name, []).extend(added)
-            undecided = [i for i in undecided if noises_needed(values[i][self.detector], self.bands) > noises]
-            if not undecided:
-                break
-        return values
-
-
-def as_rows(values: dict[str, Tensor], names: Sequence[str]) -> list[dict[str, list]]:
-    """Values ``(rows, noises, ...)`` as a dict a row, rounded.
+        holds_for: what the calibration has to hold for, besides the settings.
 
     Raises:
-        InputError: a value is not finite; names the row by ``names``.
+        InputError: there is none of a name or such a setting, or the calibration holds for something else.
     """
-    columns = {name: _rounded(value.float().cpu().tolist()) for name, value in values.items()}
-    for name, value in values.items():
-        if not value.isfinite().all():
-            broken = names[int((~value.isfinite().flatten(1).all(1)).nonzero()[0])]
-            raise InputError(f"{name} is NaN or infinite for {broken!r}; try --dtype float32")
-    return [{name: rows[i] for name, rows in columns.items()} for i in range(len(names))]
+    asked = {name: fitted(DETECTORS.find(name), values, name) for name, values in asked.items()}
+    calibration.check(holds_for, asked)
+    of_model = spec.settings_of("detectors")
+    layers = (of_model, calibration.settings, asked)
+    known = {name for layer in layers for name in layer}
+    return make_detectors(
+        names, {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in known}
+    )
 
 
-def _rounded(value: float | list) -> float | list:
-    """Six significant digits: what the last bits of a float32 sum, which vary with the batch size, leave alone."""
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}")
+def deciding(detectors: Sequence[Detector]) -> str | None:
+    """The score by which prompts are ranked and flagged: the first detector's; None where all keep curves alone."""
+    return next((detector.name for detector in detectors if detector.terms), None)
+
+
+def detect(
+    model: Model,
+    listed: Listed,
+    detectors: Sequence[Detector],
+    scoring: Scoring,
+    *,
+    calibration: Calibration,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Store:
+    """Score a list, from where it stopped; the store holds its lines afterwards.
+
+    Args:
+        listed: prompts, or the pictures of :func:`~memorization.runs.pictures.read_pictures`.
+        out: the run's folder; None to keep the lines in memory.
+        overwrite: start anew in a folder that holds a run.
+
+    Raises:
+        InputError: the folder holds another run, memory does not suffice for one row, or a value is not finite.
+    """
+    pipe, of_pictures = model.pipe, "images" in listed.hashes
+    batch_size = scoring.batch_size or default_batch_size(pipe)
+    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    settings = {
+        "model": model.name, "revision": revision_of(pipe), "prompts": listed.hashes,
+        "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
+        "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size,
+    }  # fmt: skip
+    common = {"seed": scoring.seed, "steps": scoring.steps, "guidance_scale": scale}
+    if not of_pictures and any(detector.needs in ("generation", "image") for detector in detectors):
+        settings["guidance_scale"] = scale
+    if of_pictures:
+        make_scorer = partial(PictureScorer, pipe, detectors)
+    elif scoring.sequential:
+        first = deciding(detectors) or ""
+        bands = calibration.bands(first)
+        settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands.items()]}
+        make_scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands, **common)
+    else:
+        make_scorer = partial(Scorer, pipe, detectors, noises=scoring.noises, **common)
+    info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
+            "thresholds": calibration.thresholds}  # fmt: skip
+    with ResultStore(out, settings, info, overwrite) if out else MemoryStore(settings) as store:
+        run_detection(make_scorer, listed.frame, store, batch_size=batch_size)
+    return store
 
 
 def run_detection(
-    make_scorer: Callable[..., Scorer], prompts: pd.DataFrame, store: ResultStore, *, batch_size: int
+    make_scorer: Callable[..., Scorer | SequentialScorer | PictureScorer],
+    frame: pd.DataFrame,
+    store: Store,
+    *,
+    batch_size: int,
 ) -> None:
-    """Score ``prompts`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
+    """Score the rows of ``frame`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
 
     Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
 
     Raises:
         InputError: not even one row fits into memory, or the model gave a value that is not finite.
     """
-    if store.done < len(prompts):
+    if store.done < len(frame):
         store.start()
-        with_memory(lambda size: _score_all(make_scorer(batch_size=size), prompts, store), store, batch_size)
+        with_memory(lambda size: _score_all(make_scorer(batch_size=size), frame, store), store, batch_size)
 
 
-def _score_all(scorer: Scorer, prompts: pd.DataFrame, store: ResultStore) -> None:
-    keep = [column for column in KEPT if column in prompts]
+def _score_all(scorer: Scorer | SequentialScorer | PictureScorer, frame: pd.DataFrame, store: Store) -> None:
+    keep = [column for column in KEPT if column in frame]
     size = scorer.prompts_at_once
-    with tqdm(total=len(prompts), initial=store.done, desc=store.folder.name, unit="prompt", smoothing=0) as bar:
-        for start in range(store.done // size * size, len(prompts), size):
-            batch = prompts.iloc[start : start + size]
-            scores = scorer(batch["prompt"].tolist())
+    with tqdm(total=len(frame), initial=store.done, desc=store.name, unit=scorer.columns[0], smoothing=0) as bar:
+        for start in range(store.done // size * size, len(frame), size):
+            batch = frame.iloc[start : start + size]
+            scores = scorer(*(batch[column].tolist() for column in scorer.columns))
             rows = [
-                {"id": start + i, "prompt": row["prompt"], **{column: row[column] for column in keep}, **values}
+                {"id": start + i, "prompt": row["prompt"],
+                 **({"image": Path(row["image"]).name} if "image" in scorer.columns else {}),
+                 **{column: row[column] for column in keep}, **values}
                 for i, (row, values) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
-            ]
+            ]  # fmt: skip
             missing = rows[store.done - start :]
             store.append(missing)
             bar.update(len(missing))
+
+
+def notes_on(pipe: LocalStableDiffusionPipeline, frame: pd.DataFrame) -> str:
+    """What a user should know of a list, in one line."""
+    prompts, limit = frame["prompt"].tolist(), pipe.tokenizer.model_max_length
+    lengths = [len(ids) for ids in pipe.tokenizer(prompts, truncation=False, verbose=False).input_ids]
+    notes = {
+        "blank lines skipped": frame.attrs.get("blank_lines", 0),
+        "duplicated prompts": len(prompts) - len(set(prompts)),
+        f"prompts over {limit} tokens (cut off)": sum(length > limit for length in lengths),
+    }
+    said = [f"{count} {what}" for what, count in notes.items() if count]
+    return f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else "")

@@ -8,7 +8,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
-from memorization.runs.store import ResultStore
+from memorization.runs.store import Store
 
 
 def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
@@ -20,7 +20,7 @@ def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
     return min(32, max(4, 8192 // pixels))
 
 
-def with_memory(work: Callable[[int], None], store: ResultStore, batch_size: int) -> None:
+def with_memory(work: Callable[[int], None], store: Store, batch_size: int) -> None:
     """``work(batch_size)``, again with half of it on out of memory, which is noted in the store for a resumed run.
 
     Raises:

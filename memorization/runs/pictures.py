@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
-from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import Detector
+from memorization.detectors.base import DETECTORS, Detector, ImageDetector
+from memorization.errors import InputError
+from memorization.io.pictures import list_pictures
+from memorization.io.prompts import Listed
 from memorization.models.decoding import encode
 from memorization.models.predictor import Predictor
-from memorization.runs.detect import KEPT, as_rows
-from memorization.runs.memory import with_memory
-from memorization.runs.store import ResultStore
+from memorization.runs.scorer import as_rows
 
 
-@torch.no_grad()
-def run_pictures(
-    pipe: LocalStableDiffusionPipeline,
-    pictures: pd.DataFrame,
-    detectors: Sequence[Detector],
-    store: ResultStore,
-    *,
-    batch_size: int,
-    at_once: int = 4,
-) -> None:
-    """Score the pictures of :func:`list_pictures` into ``store``, from where it stopped, ``at_once`` together."""
-    if store.done < len(pictures):
-        store.start()
-        with_memory(lambda size: _score_all(pipe, pictures, detectors, store, size, at_once), store, batch_size)
+def read_pictures(folder: Path) -> Listed:
+    """The pictures of a folder, as :func:`list_pictures`; where they have labels, each is a family of its own.
+
+    Raises:
+        InputError: no such folder, no picture in it, or a picture that the metadata leaves out.
+    """
+    frame = list_pictures(folder)
+    if "label" in frame and "family" not in frame:
+        frame["family"] = [Path(path).name for path in frame["image"]]
+    digest = hashlib.sha256(frame.to_csv(lineterminator="\n").encode())
+    for path in frame["image"]:
+        digest.update(Path(path).read_bytes())
+    return Listed(frame, {"images": digest.hexdigest()})
 
 
-def _score_all(pipe, pictures: pd.DataFrame, detectors, store: ResultStore, batch_size: int, at_once: int) -> None:
-    keep = [column for column in KEPT if column in pictures]
-    empty = pipe.embed([""])
-    first = store.done // at_once * at_once
-    for start in tqdm(range(first, len(pictures), at_once), desc=store.folder.name, unit=f"{at_once} pictures"):
-        batch = pictures.iloc[start : start + at_once]
-        predict = Predictor(pipe, pipe.embed(batch["prompt"].tolist()), empty, batch_size)
-        clean, values = encode(pipe, batch["image"].tolist()), {}
-        for detector in detectors:
+class PictureScorer:
+    """Scores pictures, as a :class:`~memorization.runs.scorer.Scorer` does prompts.
+
+    Args:
+        batch_size: rows to a UNet call.
+
+    Raises:
+        InputError: a detector needs a prompt.
+    """
+
+    columns = ("image", "prompt")
+    prompts_at_once = 4
+
+    def __init__(self, pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector], *, batch_size: int) -> None:
+        check_needs(detectors)
+        self.pipe, self.detectors, self.batch_size = pipe, detectors, batch_size
+        self.empty = pipe.embed([""])
+
+    @torch.no_grad()
+    def __call__(self, paths: Sequence[str], prompts: Sequence[str]) -> list[dict[str, list]]:
+        """A dict of values a picture, each a list of one.
+
+        Raises:
+            InputError: a file is no picture, or a value is not finite; names the picture.
+        """
+        predict = Predictor(self.pipe, self.pipe.embed(prompts), self.empty, self.batch_size)
+        clean, values = encode(self.pipe, paths), {}
+        for detector in self.detectors:
             values |= {name: value[:, None] for name, value in detector(clean, predict).items()}
-        scores = as_rows(values, batch["image"].tolist())
-        rows = [
-            {"id": start + i, "prompt": row["prompt"], "image": Path(row["image"]).name,
-             **{column: row[column] for column in keep}, **score}
-            for i, (row, score) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
-        ]  # fmt: skip
-        store.append(rows[store.done - start :])
+        return as_rows(values, paths)
+
+
+def check_needs(detectors: Sequence[Detector]) -> None:
+    """See that all ``detectors`` can score pictures.
+
+    Raises:
+        InputError: one needs a prompt.
+    """
+    if unfit := [detector.name for detector in detectors if not isinstance(detector, ImageDetector)]:
+        fit = [name for name, cls in DETECTORS.items() if issubclass(cls, ImageDetector)]
+        raise InputError(f"{', '.join(unfit)}: scores prompts, not pictures; for --images there is {', '.join(fit)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
@@ -12,10 +11,46 @@ from importlib.metadata import version
 from pathlib import Path
 
 from memorization.errors import InputError
-from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.files import LineFile, read_json, read_lines, write_atomically
 from memorization.paths import ROOT
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+
+
+class MemoryStore:
+    """What :class:`ResultStore` offers to a run, without a folder: nothing is written.
+
+    Attributes:
+        rows: the lines.
+        record: of the run, such as the batch size that memory allowed.
+    """
+
+    name = "scores"
+
+    def __init__(self, settings: dict) -> None:
+        self.rows: list[dict] = []
+        self.record: dict = {"settings": settings}
+
+    @property
+    def done(self) -> int:
+        """How many prompts have their line."""
+        return len(self.rows)
+
+    def append(self, rows: list[dict]) -> None:
+        """Keep whole lines."""
+        self.rows += rows
+
+    def start(self) -> None:
+        """Nothing to say to anybody."""
+
+    def save(self, status: str) -> None:
+        """Nothing to write."""
+
+    def __enter__(self) -> MemoryStore:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Nothing to close."""
 
 
 class ResultStore:
@@ -40,48 +75,52 @@ class ResultStore:
         self, folder: Path, settings: dict, info: dict, overwrite: bool = False, name: str = "scores.jsonl"
     ) -> None:
         self.folder, self.scores = folder, folder / name
+        self._lines = LineFile(self.scores, "another run is writing to it; wait for it or choose another --out")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.scores, "ab")  # noqa: SIM115 - held, and locked, until __exit__
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run is writing to it; wait for it or choose another --out") from None
-        path = folder / "run.json"
-        earlier = {}
-        if overwrite:
-            self._file.truncate(0)
-        elif path.exists():
-            earlier = read_json(path)
-            self._refuse_changes(earlier.get("settings", {}), settings)
-        elif self.scores.stat().st_size:
-            raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
-        rows, size = read_lines(self.scores)
-        self._file.truncate(size)  # a torn last line goes
+            earlier = {} if overwrite else self._earlier(settings)
+            rows, size = ([], 0) if overwrite else read_lines(self.scores)
+        except InputError:
+            self._lines.close()
+            raise
+        self._lines.cut(size)
         self.done = len(rows)
         self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
         self._this_time = {**info, **_environment()}
-        self._started = None
+        self._started: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the run, for progress bars."""
+        return self.folder.name
+
+    @property
+    def rows(self) -> list[dict]:
+        """The lines."""
+        return read_lines(self.scores)[0]
 
     @property
     def started(self) -> bool:
         """Whether this process has said that it writes."""
         return self._started is not None
 
-    def _refuse_changes(self, stored: dict, wanted: dict) -> None:
-        wanted = json.loads(json.dumps(wanted))
+    def _earlier(self, settings: dict) -> dict:
+        """What the folder's ``run.json`` holds, if it has one."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            if self.scores.stat().st_size:
+                raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
+            return {}
+        earlier = read_json(path)
+        stored, wanted = earlier.get("settings", {}), json.loads(json.dumps(settings))
         changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
         if changed:
             what = "; ".join(f"{key}: {stored.get(key)} there, {wanted.get(key)} asked" for key in changed)
             raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
+        return earlier
 
     def append(self, rows: list[dict]) -> None:
         """Write whole lines and flush them."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._file.write(text.encode())
-        self._file.flush()
+        self._lines.append(rows)
         self.done += len(rows)
 
     def start(self) -> None:
@@ -99,10 +138,13 @@ class ResultStore:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.started:
+        if self._started is not None:
             self.record["seconds"] = round(self.record["seconds"] + time.time() - self._started, 1)
             self.save("complete" if kind is None else "stopped")
-        self._file.close()
+        self._lines.close()
+
+
+Store = ResultStore | MemoryStore
 
 
 def _environment() -> dict:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.index.build import own_index
 from memorization.index.store import Index
 from memorization.io.figures import save_figure
@@ -36,13 +36,13 @@ from memorization.io.prompts import picture_files
 from memorization.io.tables import markdown
 from memorization.mitigations.amg import AMG
 from memorization.mitigations.amg.guide import AntiMemorization
-from memorization.mitigations.base import Mitigation
+from memorization.mitigations.base import Mitigation, make_mitigation
 from memorization.mitigations.case import Case, Remedy
-from memorization.mitigations.registry import make_mitigation
 from memorization.models.generation import generate
 from memorization.models.loading import load_pipeline, revision_of
-from memorization.models.registry import find_model
+from memorization.models.spec import find_model
 from memorization.paths import ROOT
+from memorization.runs.cases import Cases
 from memorization.runs.memory import default_batch_size
 from memorization.runs.sampling import sample
 from memorization.runs.store import ResultStore
@@ -85,16 +85,11 @@ def parts(amg: dict, measure: str) -> dict[str, AMG]:
 
 def cases_of(subject: Subject, pipe, frame: pd.DataFrame, args: argparse.Namespace) -> list[Case]:
     """The prompts in batches, on the same noises."""
-    batch_size = default_batch_size(pipe)
-    noise, at_once = pipe.pure_noise(args.images, args.seed), max(1, batch_size // args.images)
-    cases = []
-    for start in range(0, len(frame), at_once):
-        prompts = frame["prompt"].tolist()[start : start + at_once]
-        with torch.no_grad():
-            embeds = pipe.embed(prompts).float()
-        cases.append(Case(pipe, prompts, embeds, noise, {}, {}, args.steps, 50, subject.spec.guidance_scale, args.seed,
-                          batch_size))  # fmt: skip
-    return cases
+    cases = Cases(
+        pipe, pipe.pure_noise(args.images, args.seed), args.steps, subject.spec.guidance_scale, args.seed,
+        default_batch_size(pipe),
+    )  # fmt: skip
+    return cases.batches(frame["prompt"].tolist())
 
 
 def sampled(case: Case, mitigation: Mitigation | None) -> tuple[int, Callable[[], np.ndarray]]:
@@ -210,7 +205,7 @@ def make_measures(subject: Subject, frame: pd.DataFrame, args: argparse.Namespac
     return Measures(frame, args.images, copying, clip, Reference(Index(listed), clip) if listed else None)
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: Arguments = None) -> argparse.Namespace:
     """The flags, checked."""
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
@@ -218,14 +213,15 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--memorized", type=int, default=24, metavar="N", help="prompts that are memorized (default: %(default)s)")
     add("--ordinary", type=int, default=8, metavar="N", help="prompts that are not (default: %(default)s)")
-    add("--images", type=int, default=4, metavar="N", help="noises a prompt (default: %(default)s)")
+    add("--noises", "--num-images", "--images", dest="images", type=int, default=4, metavar="N",
+        help="a prompt (default: %(default)s)")  # fmt: skip
     add("--steps", type=int, default=15, help="of a generation (default: %(default)s)")
     add("--index", type=Path, metavar="DIR", help="of the training pictures (default: of those in the model's list)")
     add("--reference", type=Path, metavar="INDEX", help="pixels of pictures as they should look, for the Frechet "
         "distance (default: the model's config)")  # fmt: skip
     add("--ablated", metavar="FOLDER", help="a model whose memorized prompts were ablated, for a row of its own")
     add("--rows", default="all", metavar="A,B|all", help="of the tables, besides base; others may be added later")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if min(args.memorized, args.ordinary, args.images) < 1 or not 3 <= args.steps <= 500:
         parser.error("--memorized, --ordinary and --images are at least 1, --steps from 3 to 500")
     if args.memorized * args.images < 2:
@@ -260,8 +256,8 @@ def report(measures: Measures, gallery: Gallery, names: list[str], images: int, 
     measures.copying.sheet(strips, out / "sheet.png")
 
 
-def main() -> None:
-    args = arguments()
+def main(arguments: Arguments = None) -> None:
+    args = parse(arguments)
     spec = find_model(args.model)
     if not spec.clip:
         raise InputError(f"{spec.name}: needs a CLIP checkpoint in its config, for the text alignment")
@@ -274,7 +270,7 @@ def main() -> None:
     frame = chosen_prompts(frame, args.memorized, args.ordinary)
     if not 0 < (frame["label"] == 1).sum() < len(frame):
         raise InputError(f"{listed}: no memorized prompt with a training picture, or no other one, among the chosen")
-    amg = {**spec.amg, "index": str(args.index or own_index(spec))}
+    amg = {**spec.settings_of("mitigations").get(AMG.name, {}), "index": str(args.index or own_index(spec))}
     nearest = AMG(**amg).nearest()
     rows = methods(amg) | parts(amg, nearest.measure)
     settings = {

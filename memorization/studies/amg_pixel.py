@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.index.store import Index
 from memorization.io.files import write_atomically
 from memorization.io.pictures import to_bytes
@@ -27,7 +27,7 @@ from memorization.mitigations.amg import AMG
 from memorization.models.devices import pick_device
 from memorization.models.loading import revision_of
 from memorization.models.pixel_diffusion import SAMPLERS, load_pixel_model, sample_pixels
-from memorization.models.registry import find_model
+from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.store import ResultStore
 from memorization.similarity.clip import Clip
@@ -65,7 +65,7 @@ def batches(pipe, args: argparse.Namespace, labels: torch.Tensor | None, amg: AM
     return [(len(part), partial(make, part)) for part in parts]
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT / "testbed/models/pixel-uncond"), metavar="FOLDER|HUB_ID", help="in DDPM format")
@@ -80,7 +80,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.count < 2 or not 2 <= args.steps <= 500 or args.seed < 0:
         parser.error("--count is at least 2, --steps from 2 to 500, --seed at least 0")
     nearest = AMG(index=str(args.index)).nearest()

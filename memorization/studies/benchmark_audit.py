@@ -19,7 +19,7 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.evaluation.metrics import family_weights, measure
 from memorization.evaluation.text_baselines import capitals, naive_bayes
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.files import write_atomically
 from memorization.io.prompts import near_copy_families, read_pair, read_prompts
 from memorization.io.tables import markdown
@@ -147,7 +147,7 @@ def read_benchmarks(args) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]
     return frames, lists
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--prompts", type=Path, metavar="FILE", help="audit this labelled list instead of the field's")
@@ -155,7 +155,7 @@ def main() -> None:
     add("--tokenizer", metavar="FOLDER|HUB_ID", help="of CLIP, to count prompts over 77 tokens (default: not counted)")
     add("--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)")
     add("--out", type=Path, default=Path("results/studies/benchmark_audit"), help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.resamples < 100:
         parser.error("--resamples is at least 100")
     tokenizer = load_tokenizer(args.tokenizer)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.evaluation.learned import learned_combination
 from memorization.evaluation.metrics import fit_weights, noise_mean, roc, tpr_at_fpr
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.files import read_lines, write_atomically
 
 FOLDS = 5
@@ -56,10 +56,10 @@ def pairs(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(found).sort_values("auc", ascending=False, ignore_index=True)
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sweep", type=Path, help="folder of a timestep sweep, such as .../testbed-eps-validation")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not (args.sweep / "scores.jsonl").is_file():
         raise InputError(
             f"{args.sweep}: holds no scores.jsonl; python -m memorization.studies.timestep_sweep makes one"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from memorization.detectors.laplacian import Estimate, boundary, hutchinson, powered, volume
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
 
@@ -162,13 +162,13 @@ def draw(mixture: Mixture, scores: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--points", type=int, default=4096, help="of each ball (default: %(default)s)")
     add("--train-steps", type=int, default=4000, help="of the denoiser (default: %(default)s)")
     add("--out", type=Path, default=Path("results/studies/gaussian_mixture"), help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.points < 2 or args.train_steps < 1:
         parser.error("--points is at least 2, --train-steps at least 1")
     noised = Mixture(triangle(), VARIANCE)  # the density under study, whose score the denoiser learns

@@ -15,26 +15,22 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-from memorization.detectors.registry import make_detectors
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration, read_calibration
-from memorization.flags import ArgumentParser, run_script
-from memorization.index.build import own_index
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import read_lines, write_atomically
 from memorization.io.pictures import to_tensor
 from memorization.io.prompts import picture_files, read_prompts
 from memorization.io.tables import markdown
-from memorization.mitigations.amg import AMG
-from memorization.mitigations.base import Mitigation
-from memorization.mitigations.case import Case
-from memorization.mitigations.registry import MITIGATIONS, make_mitigation
+from memorization.mitigations.base import MITIGATIONS, Mitigation, make_mitigation
+from memorization.models.spec import ModelSpec
 from memorization.paths import ROOT
+from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.memory import default_batch_size
-from memorization.runs.mitigate import Outcome, Side, mitigate
+from memorization.runs.mitigate import Outcome, Side, configured_mitigation, mitigate
 from memorization.runs.store import ResultStore
 from memorization.similarity.judge import Judge, make_judge
 from memorization.studies.labelled import Subject, add_arguments, open_subject
@@ -46,9 +42,9 @@ class Plan(NamedTuple):
     method: str
     strength: float
 
-    def mitigation(self, settings: dict[str, dict]) -> Mitigation:
-        """The mitigation, with further ``settings`` by method."""
-        return make_mitigation(self.method, {"strength": self.strength, **settings.get(self.method, {})})
+    def mitigation(self, spec: ModelSpec) -> Mitigation:
+        """The mitigation, with the model's settings."""
+        return configured_mitigation(self.method, {"strength": self.strength}, spec)
 
 
 def plans(methods: list[str]) -> list[Plan]:
@@ -67,30 +63,27 @@ class Study:
     """What all plans share: cases, and each of them without any remedy, made once."""
 
     def __init__(self, subject: Subject, frame: pd.DataFrame, judge: Judge, calibration: Calibration, args) -> None:
-        anisotropy = {**subject.spec.anisotropy, **calibration.anisotropy}
-        detectors = make_detectors(["anisotropy", "noise_norm"], {"anisotropy": anisotropy})
-        pipe, batch_size = subject.pipe, default_batch_size(subject.pipe)
-        images = calibration.holds_for["num_images"]
-        noise, size = pipe.pure_noise(images, args.seed), max(1, batch_size // images)
-        self.judge, self.parts, self.cases = judge, [], []
-        self.mitigation_settings = {"amg": {**subject.spec.amg, "index": str(own_index(subject.spec))}}
-        for start in range(0, len(frame), size):
-            part = frame.iloc[start : start + size]
-            with torch.no_grad():
-                embeds = pipe.embed(part["prompt"].tolist()).float()
-            self.parts.append(part)
-            self.cases.append(Case(
-                pipe, part["prompt"].tolist(), embeds, noise, {d.name: d for d in detectors}, calibration.levels,
-                args.steps, calibration.holds_for["steps"], subject.spec.guidance_scale, args.seed, batch_size,
-            ))  # fmt: skip
+        pipe, spec = subject.pipe, subject.spec
+        self.every = [configured_mitigation(name, {}, spec) for name in MITIGATIONS]
+        cases = Cases(
+            pipe, pipe.pure_noise(calibration.holds_for["num_images"], args.seed), args.steps, spec.guidance_scale,
+            args.seed, default_batch_size(pipe), scoring_detectors(self.every, spec, calibration), calibration.levels,
+            calibration.holds_for["steps"],
+        )  # fmt: skip
+        self.judge, self.spec = judge, spec
+        self.made: dict[Plan, Mitigation] = {}
+        self.parts = [frame.iloc[start : start + cases.at_once] for start in range(0, len(frame), cases.at_once)]
+        self.cases = cases.batches(frame["prompt"].tolist())
         self.before: dict[int, Side] = {}
 
     def rows(self, plan: Plan, number: int) -> list[dict]:
         """Lines of one plan on case ``number``."""
         case, part = self.cases[number], self.parts[number]
+        if plan not in self.made:
+            self.made[plan] = plan.mitigation(self.spec)
         outcome = mitigate(
             case,
-            plan.mitigation(self.mitigation_settings),
+            self.made[plan],
             self.judge,
             part["picture"].tolist(),
             self.before.get(number),
@@ -240,18 +233,18 @@ def make_study(args: argparse.Namespace, name: str) -> tuple[Study, dict, Path, 
         "memorized": args.memorized, "ordinary": args.ordinary,
         "guidance_scale": spec.guidance_scale, "num_images": calibration.holds_for["num_images"],
         "levels": calibration.levels, "judge": judge.description,
-        "amg": AMG(**study.mitigation_settings["amg"]).record(),
+        **{mitigation.name: mitigation.record() for mitigation in study.every if mitigation.needs_index},
     }  # fmt: skip
     return study, settings, subject.out, spec.copy_limits["nl2"]
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_study_arguments(parser)
     parser.add_argument(
         "--methods", default="all", metavar="A,B|all", help=f"of {', '.join(MITIGATIONS)} (default: all)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     todo = plans(list(MITIGATIONS) if args.methods == "all" else args.methods.split(","))
     study, settings, out, copy = make_study(args, "mitigation_tradeoff")
     with ResultStore(out, settings, {}) as store:

@@ -18,12 +18,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from memorization.detectors.base import ImageDetector
 from memorization.detectors.laplacian import boundary_samples, random_directions
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import read_lines, write_atomically
-from memorization.runs.detect import Scorer, run_detection
+from memorization.runs.detect import run_detection
 from memorization.runs.memory import default_batch_size
+from memorization.runs.scorer import Scorer
 from memorization.runs.store import ResultStore
 from memorization.studies.labelled import add_arguments, open_subject
 
@@ -32,15 +34,13 @@ POINTS = (4, 16, 64)
 
 
 @dataclass(frozen=True)
-class PLaplaceSweep:
+class PLaplaceSweep(ImageDetector):
     """``<prompt|none>/p<p>/t<t>/N<points>``: values ``(rows,)``, higher means memorized."""
 
     timesteps: tuple[int, ...]
     seed: int = 0
 
     name: ClassVar[str] = "p_laplace_sweep"
-    needs: ClassVar[str] = "image"
-    terms: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, clean: Tensor, predict) -> dict[str, Tensor]:
         normals = random_directions(clean, max(POINTS), torch.Generator().manual_seed(self.seed))
@@ -93,13 +93,13 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
     add = parser.add_argument
     add("--each", type=int, default=50, metavar="N", help="prompts of either label (default: %(default)s)")
     add("--timesteps", type=int, nargs="+", default=[1, 10, 50, 200, 500], help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.each < 1 or not all(0 < t < 1000 for t in args.timesteps):
         parser.error("--each is at least 1, --timesteps lie between 1 and 999")
     subject = open_subject(args, "p_laplace_sweep")

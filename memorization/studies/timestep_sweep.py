@@ -18,26 +18,26 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from memorization.detectors.base import GenerationDetector, PromptDetector
 from memorization.detectors.features import FEATURES, features
 from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
-from memorization.flags import ArgumentParser, run_script
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
 from memorization.io.figures import save_figure
 from memorization.io.files import read_lines, write_atomically
-from memorization.runs.detect import Scorer, run_detection
+from memorization.runs.detect import run_detection
 from memorization.runs.memory import default_batch_size
+from memorization.runs.scorer import Scorer
 from memorization.runs.store import ResultStore
 from memorization.studies.labelled import Subject, add_arguments, open_subject
 
 
 @dataclass(frozen=True)
-class NoiseSweep:
+class NoiseSweep(PromptDetector):
     """Every feature at every place of the grid, on pure noise: ``noise/<feature>@<place>``."""
 
     steps: tuple[int, ...]
 
     name: ClassVar[str] = "noise_sweep"
-    needs: ClassVar[str] = "prompt"
-    terms: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, trace) -> dict[str, Tensor]:
         found = [features(point) for point in trace]
@@ -47,14 +47,12 @@ class NoiseSweep:
 
 
 @dataclass(frozen=True)
-class GenerationSweep:
+class GenerationSweep(GenerationDetector):
     """The same on the latents of a generation: ``generation/<feature>@<place>``."""
 
     steps: tuple[int, ...]
 
     name: ClassVar[str] = "generation_sweep"
-    needs: ClassVar[str] = "generation"
-    terms: ClassVar[tuple[str, ...]] = ()
 
     def reduce(self, step, predict) -> Tensor:
         found = features(step.prediction)
@@ -110,34 +108,34 @@ def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
     settings = {
         **subject.settings, "places": list(places), "generation": not args.no_generation,
-        "num_images": args.num_images, "guidance_scale": subject.spec.guidance_scale,
+        "num_images": args.noises, "guidance_scale": subject.spec.guidance_scale,
     }  # fmt: skip
     with ResultStore(subject.out, settings, {}) as store:
         scorer = partial(
-            Scorer, pipe, detectors, noises=args.num_images, seed=args.seed, steps=len(grid),
+            Scorer, pipe, detectors, noises=args.noises, seed=args.seed, steps=len(grid),
             guidance_scale=subject.spec.guidance_scale,
         )  # fmt: skip
         run_detection(scorer, subject.frame, store, batch_size=default_batch_size(pipe))
         return read_lines(store.scores)[0], {place: grid[place] for place in places}
 
 
-def main() -> None:
+def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
     add = parser.add_argument
-    add("--num-images", type=int, default=1, metavar="N", help="noises per prompt (default: %(default)s)")
+    add_flags(parser, "--noises", default=1)
     add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
-    args = parser.parse_args()
-    if args.every < 1 or args.num_images < 1:
-        parser.error("--every and --num-images are at least 1")
+    args = parser.parse_args(arguments)
+    if args.every < 1:
+        parser.error("--every is at least 1")
     subject = open_subject(args, "timestep_sweep")
     rows, timesteps = sweep(args, subject)
     table = sweep_table(rows, timesteps)
     shown = table.pivot_table(index=["latents", "feature"], columns="t", values="auc", sort=False)
     print(f"AUC, {len(rows)} prompts\n{shown.round(3).to_string()}")
     write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
-    draw(table, subject.out / "sweep.png", f"{subject.spec.name}, {args.split} rows, n = {args.num_images}")
+    draw(table, subject.out / "sweep.png", f"{subject.spec.name}, {args.split} rows, n = {args.noises}")
     print(f"{subject.out}/table.csv, sweep.png")
 
 

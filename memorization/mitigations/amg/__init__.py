@@ -35,8 +35,10 @@ from memorization.index.store import Index
 from memorization.mitigations.amg.guide import AntiMemorization
 from memorization.mitigations.amg.nearest import Nearest
 from memorization.mitigations.amg.terms import Terms, find_terms
+from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.models.decoding import decode_pixels
+from memorization.settings import Count, NotNegative, Positive
 
 GUIDANCES = ("spe", "dup", "sim")
 
@@ -47,8 +49,9 @@ def open_index(folder: str) -> Index:
     return Index(Path(folder))
 
 
+@MITIGATIONS.register
 @dataclass(frozen=True)
-class AMG:
+class AMG(Mitigation):
     """``amg``. ``strength``: how much farther than the preset's gate a picture must stay: nL2 times, cosine over it.
 
     Args:
@@ -59,23 +62,25 @@ class AMG:
         gate_start, gate_end, gate_decay, c1, c2, c3, sim_rate: instead of the preset's.
     """
 
-    strength: float = 1.0
+    strength: Positive = 1.0
     index: str = ""
     preset: str = "paper-main"
     guidances: str = "spe+dup+sim"
-    every: int = 3
+    every: Count = 3
     gate_start: float | None = None
     gate_end: float | None = None
-    gate_decay: float | None = None
-    c1: float | None = None
-    c2: float | None = None
-    c3: float | None = None
+    gate_decay: NotNegative | None = None
+    c1: NotNegative | None = None
+    c2: NotNegative | None = None
+    c3: NotNegative | None = None
     sim_rate: float | None = None
 
     name: ClassVar[str] = "amg"
+    needs_index: ClassVar[bool] = True
     strengths: ClassVar[tuple[float, ...]] = (0.8, 0.9, 1.0, 1.15, 1.3)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := set(self.guidances.split("+")) - {*GUIDANCES, "none"}:
             raise InputError(f"amg: no guidance {', '.join(sorted(unknown))}; there are: {', '.join(GUIDANCES)}")
 
@@ -123,7 +128,7 @@ class AMG:
 
         return AntiMemorization(
             nearest, self.terms(nearest.measure), frozenset(self.guidances.split("+")), case.guidance_scale,
-            int(self.every), describe, caption_eps,
+            self.every, describe, caption_eps,
         )  # fmt: skip
 
     def pixel_guide(self) -> AntiMemorization:
@@ -134,7 +139,7 @@ class AMG:
         """
         nearest = self.nearest()
         return AntiMemorization(
-            nearest, self.terms(nearest.measure), frozenset({"sim"}), 1.0, int(self.every),
+            nearest, self.terms(nearest.measure), frozenset({"sim"}), 1.0, self.every,
             lambda x0: nearest.index.describe(x0.clamp(-1, 1)),
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memorization.index.descriptors import SIZED
+from memorization.index.kinds import SIZED
 from memorization.index.store import Index
 
 

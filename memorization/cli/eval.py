@@ -1,0 +1,118 @@
+"""Evaluate scored runs: metrics table with 95% intervals, metrics.json and pictures in each run's folder.
+
+  python detect_eval.py                                 every run under results/
+  python detect_eval.py results/testbed-eps --format csv
+  python detect_eval.py results/testbed-eps --calibrate mine.yaml --fpr 0.01
+
+Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
+TPR@1% is the largest TPR with FPR <= 1%; the FPR realised there and the number of negatives stand beside it. Intervals
+resample whole families of near-copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from memorization.errors import InputError
+from memorization.flags import ArgumentParser, Arguments, value
+from memorization.paths import ROOT
+from memorization.settings import Bounds
+
+
+def parse(arguments: Arguments = None) -> argparse.Namespace:
+    """The flags, checked."""
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
+    add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
+    add("--resamples", type=value(Annotated[int, Bounds(100)]), default=2000, metavar="N",
+        help="bootstrap resamples (default: %(default)s)")
+    add("--weights", nargs=2, type=value(float), metavar=("NORM", "COSINE"),
+        help="one more row: the sum of the two terms with these weights, as in --weights 1 2")
+    add("--no-plots", action="store_true", help="draw no pictures")
+    add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
+    add("--fpr", type=value(float), default=0.01, help="false positive rate of the thresholds (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args(arguments)
+    if not 0 < args.fpr < 1:
+        parser.error("--fpr lies between 0 and 1")
+    args.folders = args.runs or every_run()
+    if not args.folders:
+        raise InputError("no run under results/; start with: bash run_detection.sh")
+    if args.calibrate and len(args.folders) != 1:
+        parser.error("--calibrate takes one run")
+    return args
+
+
+def every_run() -> list[Path]:
+    """The folders of all runs under ``results/``."""
+    found = (path.parent for path in (ROOT / "results").glob("**/run.json") if "studies" not in path.parts)
+    return sorted(found)
+
+
+def main(arguments: Arguments = None) -> None:
+    """Parse, evaluate, print."""
+    args = parse(arguments)
+    if args.calibrate:
+        write_calibration(args)
+        return
+    from memorization.evaluation.report import draw, evaluate
+    from memorization.evaluation.runs import read_run
+    from memorization.io.files import write_atomically
+
+    all_metrics = []
+    for folder in args.folders:
+        try:
+            run = read_run(folder)
+        except InputError as error:
+            if args.runs:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        metrics = evaluate(run, args.resamples, args.weights)
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        if not args.no_plots:
+            draw(run, folder)
+        all_metrics.append(metrics)
+    print_tables(all_metrics, args.format)
+
+
+def write_calibration(args: argparse.Namespace) -> None:
+    """``--calibrate``."""
+    import yaml
+
+    from memorization.evaluation.runs import read_run
+    from memorization.io.files import write_atomically
+    from memorization.runs.calibrate import calibrate
+
+    made = calibrate(read_run(args.folders[0]), args.fpr)
+    write_atomically(args.calibrate, yaml.safe_dump(made, sort_keys=False))
+    print(f"{args.calibrate}: from {made['negatives']} negatives and {made['positives']} positives")
+
+
+def print_tables(all_metrics: list[dict], style: str) -> None:
+    """Every run's table on standard output, as md, csv or json."""
+    import pandas as pd
+
+    from memorization.evaluation.report import REFERENCE, paired_table, table
+    from memorization.io.tables import markdown
+
+    if style == "json":
+        print(json.dumps(all_metrics, indent=1))
+    elif style == "csv":
+        frames = [table(metrics).assign(run=metrics["run"]) for metrics in all_metrics]
+        pd.concat(frames).to_csv(sys.stdout, index=False)
+    else:
+        for metrics in all_metrics:
+            counts = metrics["counts"]
+            print(f"\n### {metrics['run']}: {counts['memorized']} memorized, {counts['not_memorized']} not memorized, "
+                  f"{counts['families']} families\n")  # fmt: skip
+            print(markdown(table(metrics)))
+            if metrics["paired"]:
+                print(f"\nAgainst {REFERENCE}, on the same resamples:\n")
+                print(markdown(paired_table(metrics)))

@@ -1,0 +1,94 @@
+"""A local index of training pictures: ``python -m memorization index build FOLDER --out INDEX``
+
+python -m memorization index build FOLDER --out INDEX                a folder of pictures; metadata.jsonl for captions
+python -m memorization index build prompts/testbed.csv --out INDEX   a list with columns image and prompt
+python -m memorization index search INDEX picture.png -k 5
+python -m memorization index compress INDEX                          for more than a few 100,000 pictures, by FAISS
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from memorization.errors import InputError
+from memorization.flags import FLAGS, ArgumentParser, Arguments, add_flags, value
+from memorization.index.kinds import FEATURES, SIZED
+from memorization.settings import Count
+
+
+def parse(arguments: Arguments = None) -> argparse.Namespace:
+    """The flags, checked."""
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    # fmt: off
+    make = commands.add_parser("build", help="make an index, or add to it")
+    make.add_argument("source", type=Path, help="a folder of pictures, or a list with columns image and prompt")
+    make.add_argument("--out", type=Path, required=True, metavar="INDEX")
+    make.add_argument("--features", choices=FEATURES, default="pixels", help="default: %(default)s")
+    make.add_argument("--model", metavar="FOLDER|HUB_ID",
+        help="clip: the CLIP checkpoint; latents: the Stable Diffusion checkpoint whose autoencoder it is")
+    make.add_argument("--size", type=value(Count), nargs=2, metavar=("H", "W"),
+        help="of pixels, or of pictures before they are encoded to latents (default: 64 64; for Stable Diffusion's "
+        "latents give 512 512)")
+    add_flags(make, "--device", help=f"for the networks of latents, sscd and clip: {FLAGS['--device']['help']}")
+    pack = commands.add_parser("compress", help="for more than a few 100,000 pictures: approximate search by FAISS")
+    pack.add_argument("index", type=Path)
+    pack.add_argument("--lists", type=int, help="of the inverted file (default: 4 sqrt of the pictures)")
+    pack.add_argument("--code", type=int, default=64, help="bytes a picture (default: %(default)s)")
+    find = commands.add_parser("search", help="the training pictures nearest to pictures of yours")
+    find.add_argument("index", type=Path)
+    find.add_argument("pictures", nargs="+", type=Path)
+    find.add_argument("-k", type=value(Count), default=5, help="how many (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args(arguments)
+    if args.command == "build":
+        if args.size and args.features not in SIZED:
+            parser.error(f"--size is for {' and '.join(SIZED)}")
+        if (args.features in ("clip", "latents")) != bool(args.model):
+            parser.error("--features clip or latents, and --model, go together")
+    return args
+
+
+def main(arguments: Arguments = None) -> None:
+    """Parse, build or search, print."""
+    args = parse(arguments)
+    {"build": build, "compress": compress, "search": search}[args.command](args)
+
+
+def build(args: argparse.Namespace) -> None:
+    """``index build``."""
+    from memorization.index.build import build_index
+
+    size = tuple(args.size or (64, 64)) if args.features in SIZED else None
+    index = build_index(args.source, args.out, args.features, size, args.model, device=args.device)
+    print(f"{args.out}: {len(index)} pictures, {index.kind}")
+
+
+def compress(args: argparse.Namespace) -> None:
+    """``index compress``."""
+    from memorization.index.compress import compress as write_compressed
+    from memorization.index.store import Index
+
+    print(write_compressed(Index(args.index, approximately=False), args.index, args.lists, args.code))
+
+
+def search(args: argparse.Namespace) -> None:
+    """``index search``."""
+    import torch
+
+    from memorization.index.build import describe_pictures, read_or_skip
+    from memorization.index.store import Index
+
+    index = Index(args.index)
+    pictures = {path: picture for path in args.pictures if (picture := read_or_skip(path, index.size)) is not None}
+    if not pictures:
+        raise InputError("none of the pictures can be read")
+    vectors = torch.from_numpy(describe_pictures(index.describe, list(pictures.values())))
+    for path, distances, rows in zip(pictures, *index.search(vectors, args.k), strict=True):
+        print(path)
+        for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):
+            print(f"  {distance:.3f}  {index.paths[row]}  {index.captions[row]}")
+        (times,) = index.multiplicity(rows[None])
+        if times > 1:
+            print(f"  The caption of the first is that of {times} of these {len(rows)}.")

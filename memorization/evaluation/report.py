@@ -1,0 +1,146 @@
+"""Every number of a run's table, the table for people, and its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from memorization.evaluation import plots, text_baselines
+from memorization.evaluation.metrics import Metrics, family_weights, measure, paired_difference
+from memorization.evaluation.runs import Run
+
+REFERENCE = "noise_norm"  # detectors are compared with it in pairs
+SUMMED = ("norm", "cosine")  # the terms that --weights sums
+
+
+def evaluate(run: Run, resamples: int = 2000, sum_weights: tuple[float, float] | None = None) -> dict:
+    """Every number of a run's table, as it goes into ``metrics.json``.
+
+    Args:
+        resamples: of the bootstrap over families.
+        sum_weights: of the norm and the cosine, for one more row.
+    """
+    labels, families = run.scored["label"].to_numpy(), run.scored["family"].astype(str).to_numpy()
+    weights = family_weights(families, labels, resamples)
+    counts = sorted({1, run.noises})
+    measured: dict[tuple[str, int | None], Metrics] = {
+        (name, n): measure(labels, run.scores(run.scored, name, n), weights) for n in counts for name in run.names
+    }
+    measured |= {(name, n): measure(labels, scores, weights) for n in counts for name, scores in run.fitted(n).items()}
+    if sum_weights and set(SUMMED) <= set(run.names):
+        title = " + ".join(f"{name} x {weight:g}" for name, weight in zip(SUMMED, sum_weights, strict=True))
+        for n in counts:
+            terms = [run.scores(run.scored, name, n) for name in SUMMED]
+            measured[title, n] = measure(labels, np.dot(sum_weights, terms), weights)
+    for name, scores in _text_scores(run).items():
+        measured[name, None] = measure(labels, scores, weights)
+    return {
+        "run": Path(run.name).name,
+        "model": run.settings["model"],
+        "counts": {
+            "memorized": int(labels.sum()), "not_memorized": int((1 - labels).sum()),
+            "families": len(set(families)), "families_memorized": len(set(families[labels == 1])),
+            "left_out_validation": len(run.rows) - len(run.scored), "resamples": resamples,
+        },
+        "detectors": [
+            {"detector": name, "images": n, **{key: dict(zip(("value", "low", "high"), value, strict=True))
+             for key, value in metrics.values.items()}, "realised_fpr": metrics.realised_fpr}
+            for (name, n), metrics in measured.items()
+        ],
+        "paired": _paired(measured),
+        "costs": _costs(run),
+    }  # fmt: skip
+
+
+def _costs(run: Run) -> dict[str, dict]:
+    """What ``--measure-costs`` wrote, by the name of every score; a term costs what its detector does."""
+    terms = {term: name for name, settings in run.settings["detectors"].items() for term in settings["terms"]}
+    return {**{term: run.costs[name] for term, name in terms.items() if name in run.costs}, **run.costs}
+
+
+def _paired(measured: dict[tuple[str, int | None], Metrics]) -> list[dict]:
+    """Every detector against the reference at the same number of noises; scores that rank alike are left out."""
+    rows = []
+    for (name, noises), metrics in measured.items():
+        reference = measured.get((REFERENCE, noises))
+        for key in ("auc", "tpr@1%"):
+            if reference and (metrics.resampled[key] != reference.resampled[key]).any():
+                difference = paired_difference(metrics, reference, key)
+                rows.append({"detector": name, "against": REFERENCE, "images": noises, "metric": key, **difference})
+    return rows
+
+
+def _text_scores(run: Run) -> dict[str, np.ndarray]:
+    """Text-only baselines on the scored rows; naive Bayes learns out of fold from all rows."""
+    prompts, labels = run.rows["prompt"].tolist(), run.rows["label"].to_numpy()
+    families = run.rows["family"].astype(str).to_numpy()
+    scored = run.rows.index.isin(run.scored.index)
+    return {
+        "text: capitals": text_baselines.capitals(prompts)[scored],
+        "text: naive Bayes": text_baselines.naive_bayes(prompts, labels, families)[scored],
+    }
+
+
+def numbers(metrics: dict) -> pd.DataFrame:
+    """The scores of :func:`evaluate` as numbers, a row each: ``auc``, ``auc low``, ``auc high``, and so on."""
+    return pd.DataFrame([
+        {"detector": row["detector"], "noises": row["images"],
+         **{f"{key} {part}".removesuffix(" value"): row[key][part]
+            for key in ("auc", "tpr@1%", "tpr@3%") for part in ("value", "low", "high")}}
+        for row in metrics["detectors"]
+    ])  # fmt: skip
+
+
+def table(metrics: dict) -> pd.DataFrame:
+    """The table of one run, numbers as text."""
+
+    def interval(cell: dict) -> str:
+        return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+    rows = []
+    for row in metrics["detectors"]:
+        rows.append({
+            "detector": row["detector"], **_cost_cells(row, metrics["costs"]), "n": row["images"] or "-",
+            "AUC": interval(row["auc"]),
+            **{f"TPR@{t}%FPR": f"{interval(row[key])} at {row['realised_fpr'][key]:.2%}"
+               for t, key in ((1, "tpr@1%"), (3, "tpr@3%"))},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _cost_cells(row: dict, costs: dict) -> dict:
+    """What the detector needs, its UNet evaluations and seconds a prompt; nothing where costs were not measured."""
+    if not costs:
+        return {}
+    cost = costs.get(row["detector"])
+    if cost is None or row["images"] is None:  # a learned score, a text score: what they are made of pays
+        return {"needs": "-", "UNet": "-", "s/prompt": "-"}
+    n = row["images"]
+    return {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.3g}"}
+
+
+def paired_table(metrics: dict) -> pd.DataFrame:
+    """Differences to the reference detector, a row a detector."""
+    return pd.DataFrame([
+        {"detector": row["detector"], "n": row["images"], "metric": row["metric"].upper(),
+         "difference": f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", "p": f"{row['p']:.3f}"}
+        for row in metrics["paired"]
+    ])  # fmt: skip
+
+
+def draw(run: Run, folder: Path) -> None:
+    """The run's pictures, into ``folder``."""
+    labels = run.scored["label"].to_numpy()
+    scores = {name: run.scores(run.scored, name, run.noises) for name in run.names}
+    if not scores:
+        return
+    title = f"{Path(run.name).name}, n = {run.noises}"
+    plots.draw_roc(labels, scores, folder / "roc.png", title)
+    plots.draw_distributions(labels, scores, folder / "distributions.png", title)
+    if set(SUMMED) <= set(scores):
+        plots.draw_terms(labels, *(scores[name] for name in SUMMED), folder / "norm_cosine.png", title)
+    if {"kind", "duplicates", "replication"} <= set(run.rows):
+        first = run.names[0]
+        plots.draw_duplicates(run.scored, scores[first], first, folder / "duplicates.png", title)

@@ -1,0 +1,4 @@
+"""The kinds of features that an index may hold."""
+
+FEATURES = ("pixels", "latents", "sscd", "clip")
+SIZED = ("pixels", "latents")  # compared by l2, at one size; the others by their cosine

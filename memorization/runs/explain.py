@@ -1,0 +1,29 @@
+"""Which tokens trigger the prompts of a run."""
+
+from __future__ import annotations
+
+import torch
+from tqdm import tqdm
+
+from memorization.detectors.explain import Significance, token_significance
+from memorization.evaluation.metrics import noise_mean
+from memorization.models.loading import Model
+from memorization.runs.detect import Scoring
+
+
+def explain(
+    model: Model, rows: list[dict], by: str, scoring: Scoring, threshold: float | None
+) -> list[tuple[float, Significance]]:
+    """Score and significant tokens of the flagged prompts, or of the ten highest where there is no threshold.
+
+    Args:
+        rows: lines of a run.
+        by: the score that ranks and flags them.
+    """
+    ranked = sorted(((noise_mean(row[by]), row["prompt"]) for row in rows), key=lambda pair: -pair[0])
+    chosen = ranked[:10] if threshold is None else [pair for pair in ranked if pair[0] >= threshold]
+    pipe = model.pipe
+    latents, t = pipe.pure_noise(scoring.noises, scoring.seed), pipe.detection_timesteps(scoring.steps)[0]
+    with torch.no_grad():
+        uncond = pipe.predict_uncond(latents, [t]).eps[t]
+    return [(score, token_significance(pipe, prompt, latents, t, uncond)) for score, prompt in tqdm(chosen, "explain")]
