@@ -282,7 +282,7 @@ def p_laplace() -> str:
 @table
 def mitigations(model: str) -> str:
     """Every method at its default strength; lowest share of copies at 90% of the text alignment first."""
-    from memorization.mitigations.registry import MITIGATIONS, make_mitigation
+    from memorization.mitigations.base import MITIGATIONS, make_mitigation
     from memorization.studies.mitigation_tradeoff import at_equal_alignment
 
     frame = pd.read_csv(RESULTS / "mitigation" / model / "table.csv", keep_default_na=True)

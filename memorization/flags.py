@@ -66,7 +66,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"),
     "--batch-size": dict(type=value(Count | Literal["auto"]), default="auto", metavar="N|auto",
         help="rows (prompt x noise) to a UNet call, halved on out of memory (default: %(default)s)"),
-    "--out": dict(type=Path, metavar="DIR", help="default: results/local/<model>"),
+    "--out": dict(type=Path, metavar="DIR", help="default: results/local/detection/<model>/main"),
     "--overwrite": dict(action="store_true", help="start anew in a folder that holds a run"),
     "--resamples": dict(type=value(Count), default=1000, metavar="N",
         help="of the bootstrap over families (default: %(default)s)"),

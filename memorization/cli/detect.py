@@ -106,7 +106,7 @@ def main(arguments: Arguments = None) -> None:
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures))
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
-    out = args.out or default_out(spec.name)
+    out = args.out or default_out("detection", spec.name, "main")
     store = detect(model, listed, detectors, scoring, calibration=calibration, out=out, overwrite=args.overwrite)
     threshold = calibration.thresholds.get(first or "")
     print_summary(store.rows, first, threshold, store.scores)

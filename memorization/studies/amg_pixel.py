@@ -79,7 +79,7 @@ def main(arguments: Arguments = None) -> None:
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
+    add("--out", type=Path, metavar="DIR", help="default: results/local/amg/<model>-<sampler>")
     args = parser.parse_args(arguments)
     if args.count < 2 or not 2 <= args.steps <= 500 or args.seed < 0:
         parser.error("--count is at least 2, --steps from 2 to 500, --seed at least 0")
@@ -89,7 +89,7 @@ def main(arguments: Arguments = None) -> None:
     side = pipe.unet.config.sample_size
     if nearest.index.size != (side, side):
         raise InputError(f"{args.index}: build it with --size {side} {side}, the size of the model's pictures")
-    out = args.out or ROOT / "results/local/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
+    out = args.out or ROOT / "results/local/amg" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
         "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
         "revision": revision_of(pipe), "amg": AMG(index=str(args.index), preset=args.preset).record(),

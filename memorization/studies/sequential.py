@@ -93,7 +93,7 @@ def main(arguments: Arguments = None) -> None:
         raise InputError(f"{args.run}: {error}") from None
     print(markdown(table.round(3)))
     write_atomically(args.run / "sequential.csv", table.round(4).to_csv(index=False))
-    draw(table, args.run / "sequential.png", f"{args.run.name}: {args.detector}")
+    draw(table, args.run / "sequential.png", f"{settings['model']}: {args.detector}")
     print(f"{args.run}/sequential.csv, sequential.png")
 
 
