@@ -42,7 +42,7 @@ for model in "${models[@]}"; do
         run="$RESULTS/$(basename "$model")/$name"
         [ "$seed" = 51 ] || run="$run-seed$seed"
         # shellcheck disable=SC2086
-        if "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
+        if "$PYTHON" detect_mem.py --model "$model" --noises "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
         then runs+=("$run"); else failed+=("$model, seed $seed"); fi
     done
 done
