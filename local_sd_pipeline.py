@@ -1,10 +1,12 @@
 """Stable Diffusion with its noise predictions laid open.
 
 ``LocalStableDiffusionPipeline`` is diffusers' ``StableDiffusionPipeline`` with four more methods: embed prompts, draw
-seeded pure noise, predict noise, and trace a batch of prompts. This file needs torch and diffusers alone, so it also
-works as ``DiffusionPipeline.from_pretrained(model, custom_pipeline="local_sd_pipeline.py", trust_remote_code=True)``.
+seeded pure noise, predict noise, and trace a batch of prompts. What it saves, plain diffusers loads. This file needs
+torch and diffusers alone, so it also works as ``DiffusionPipeline.from_pretrained(model,
+custom_pipeline="local_sd_pipeline.py", trust_remote_code=True)``.
 """
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +54,12 @@ class UnconditionalPrediction(NamedTuple):
 
 class LocalStableDiffusionPipeline(StableDiffusionPipeline):
     """``StableDiffusionPipeline`` with access to its noise predictions, whatever its prediction type."""
+
+    def to_json_string(self) -> str:
+        """What ``save_pretrained`` writes as model_index.json: plain diffusers knows this class's base alone."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = StableDiffusionPipeline.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def detection_timesteps(self, steps: int = 50) -> list[int]:
         """The DDIM grid the detectors are defined on: "leading" spacing, offset 1 (50 steps: 981, 961, ..., 1)."""

@@ -5,4 +5,5 @@ source "$(dirname "$0")/setup_env.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'  # which room may import which
+"$PYTHON" -m ty check --quiet
 "$PYTHON" -m pytest "$@"

@@ -85,7 +85,7 @@ def score(
     known = read_calibration(Path(calibration)) if calibration else Calibration()
     holds_for = {"model": model.name, "num_images": scoring.noises, "steps": scoring.steps}
     chosen = configured_detectors(detectors, settings or {}, model.spec, known, holds_for)
-    store = detect(model, _listed(prompts), chosen, scoring, calibration=known, out=out and Path(out),
+    store = detect(model, _listed(prompts), chosen, scoring, calibration=known, out=_path(out),
                    overwrite=overwrite)  # fmt: skip
     frame = pd.DataFrame(store.rows)
     frame.attrs["settings"] = store.record["settings"]
@@ -159,16 +159,20 @@ def mitigate(
     """
     spec = model.spec
     plan = _options(Mitigating, **{"threshold": None, **options})
-    mitigation = configured_mitigation(method, settings or {}, spec, index and Path(index))
+    mitigation = configured_mitigation(method, settings or {}, spec, _path(index))
     path = calibration or spec.calibration
     known = read_calibration(Path(path)) if path else Calibration()
     result = mitigate_list(model, _with_pictures(prompts, spec), mitigation, plan, calibration=known, clip=clip,
-                           out=out and Path(out), overwrite=overwrite)  # fmt: skip
+                           out=_path(out), overwrite=overwrite)  # fmt: skip
     if result.kept is None:
         raise InputError("no prompt scores at or above the threshold: nothing to mitigate")
     ids = [row["id"] for row in result.rows]
     before, after = (np.stack([result.kept.pictures(i, when) for i in ids]) for when in ("before", "after"))
     return Result(pd.DataFrame(result.rows), before, after, [result.kept.tensors(i) for i in ids])
+
+
+def _path(name: str | Path | None) -> Path | None:
+    return Path(name) if name else None
 
 
 def _options(cls, **options):

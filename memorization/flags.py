@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from memorization.errors import InputError
 from memorization.settings import Count, NotNegative, Seed, Steps, Unfit, described, fit
@@ -21,7 +21,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help explains)")
 
 
@@ -98,7 +98,7 @@ def add_settings(parser: argparse.ArgumentParser, help: str, *, of: str = "", **
         shortcuts: setting -> its help.
     """
     metavar = "METHOD.SETTING=VALUE" if of else "SETTING=VALUE"
-    common = {"action": "append", "dest": "assignments"}
+    common: dict[str, Any] = {"action": "append", "dest": "assignments"}
     parser.add_argument("--set", default=[], metavar=metavar, help=f"{help}; may be repeated", **common)
     for setting, text in shortcuts.items():
         flag = f"--{setting.replace('_', '-')}"

@@ -11,6 +11,7 @@ from memorization.errors import InputError
 from memorization.settings import make
 
 M = TypeVar("M")
+C = TypeVar("C", bound=type)
 
 
 class Registry(Mapping[str, type[M]], Generic[M]):
@@ -28,7 +29,7 @@ class Registry(Mapping[str, type[M]], Generic[M]):
         self._built_in = names
         self._found: dict[str, type[M]] = {}
 
-    def register(self, cls: type[M]) -> type[M]:
+    def register(self, cls: C) -> C:
         """Add a method under its ``name``; a decorator.
 
         Raises:
@@ -42,7 +43,7 @@ class Registry(Mapping[str, type[M]], Generic[M]):
             name in self._built_in and cls.__module__ != f"{self.package}.{name}"
         ):
             raise InputError(f"{cls.__name__}: there is a {self.kind} {name!r} already")
-        self._found[name] = cls
+        self._found[name] = cls  # ty: ignore[invalid-assignment]
         return cls
 
     def _brought(self) -> dict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -169,7 +169,8 @@ def value_of(annotation: Any, value: Any, what: str) -> Any:
 def annotations_of(cls: type) -> dict[str, Any]:
     """Annotation of each setting of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(cls) if field.init}
+    own: tuple[Field, ...] = fields(cls)  # ty: ignore[invalid-argument-type]
+    return {field.name: hints[field.name] for field in own if field.init}
 
 
 def fitted(cls: type, values: Mapping[str, Any], of: str) -> dict[str, Any]:
@@ -189,8 +190,6 @@ def fitted(cls: type, values: Mapping[str, Any], of: str) -> dict[str, Any]:
 
 class Checked:
     """Base of a frozen dataclass whose values are checked when it is made, wherever they come from."""
-
-    name: str
 
     def __post_init__(self) -> None:
         for name, value in fitted(type(self), vars(self), getattr(self, "name", type(self).__name__)).items():

@@ -117,7 +117,10 @@ def test_commands(run_script, folder, tmp_path, capsys):
         (("search", tmp_path / "index", listed), "none of the pictures can be read"),
         (("search", tmp_path / "index", folder / "01.png", "-k", 0), "argument -k: 0 is no whole number of at least 1"),
         (("build", tmp_path / "nothing", "--out", tmp_path / "other"), "no such file"),
-        (("build", listed, "--out", tmp_path / "other", "--size", 0, 0), "at least 1 1"),
+        (
+            ("build", listed, "--out", tmp_path / "other", "--size", 0, 0),
+            "--size: 0 is no whole number",
+        ),
         (("build", listed, "--out", tmp_path / "other", "--features", "clip"), "and --model, go together"),
         (
             ("build", listed, "--out", tmp_path / "other", "--features", "latents", "--model", tmp_path),

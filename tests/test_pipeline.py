@@ -121,3 +121,9 @@ def test_works_as_custom_pipeline_and_generates():
         for p in (plain, ours)
     ]
     torch.testing.assert_close(*map(torch.tensor, made), rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_saves_plain_diffusers_loads(tmp_path):
+    load_tiny("tiny-eps", pictures=True).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionPipeline
+    assert load_tiny(str(tmp_path)).trace  # and ours still is ours

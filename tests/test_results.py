@@ -5,8 +5,8 @@ import json
 import pytest
 
 from memorization.errors import InputError
-from memorization.io.files import read_lines
-from memorization.runs.store import ResultStore
+from memorization.io.files import LineFile, read_lines, read_whole_lines
+from memorization.runs.store import MemoryStore, ResultStore
 
 
 def rows(start, stop):
@@ -74,3 +74,27 @@ def test_stopped_run_says_so(tmp_path):
         store.start()
         raise RuntimeError
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "stopped"
+
+
+def test_a_run_in_memory_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with MemoryStore({"seed": 1}) as store:
+        store.start()
+        store.append(rows(0, 2))
+        store.save("running")
+    assert store.done == 2 and store.rows == rows(0, 2) and not list(tmp_path.iterdir())
+
+
+def test_lines_of_another_process_are_waited_for_by_nobody(tmp_path):
+    held = LineFile(tmp_path / "items.jsonl", "is busy")
+    with pytest.raises(InputError, match="is busy"):
+        LineFile(tmp_path / "items.jsonl", "is busy")
+    held.append([{"a": 1}])
+    held.close()
+    (tmp_path / "items.jsonl").write_bytes((tmp_path / "items.jsonl").read_bytes() + b'{"a": 2')
+    found, size = read_whole_lines(tmp_path / "items.jsonl", "make it anew")
+    assert found == [{"a": 1}] and size == 9
+    with LineFile(tmp_path / "items.jsonl", "is busy") as again:
+        again.cut(size)
+        again.append([{"a": 2}])
+    assert read_whole_lines(tmp_path / "items.jsonl", "")[0] == [{"a": 1}, {"a": 2}]

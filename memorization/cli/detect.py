@@ -109,11 +109,11 @@ def main(arguments: Arguments = None) -> None:
     out = args.out or default_out("detection", spec.name, "main")
     store = detect(model, listed, detectors, scoring, calibration=calibration, out=out, overwrite=args.overwrite)
     threshold = calibration.thresholds.get(first or "")
-    print_summary(store.rows, first, threshold, store.scores)
-    if args.explain:
-        print_tokens(model, store, first, scoring, threshold)
+    print_summary(store.rows, first, threshold, out / "scores.jsonl")
+    if args.explain and first:
+        print_tokens(model, store, first, scoring, threshold, out / "tokens.png")
     if args.measure_costs:
-        write_costs(model, detectors, listed, scoring, store)
+        write_costs(model, detectors, listed, scoring, store, out / "costs.json")
 
 
 def chosen_lists(args: argparse.Namespace) -> dict[str, Path]:
@@ -141,7 +141,7 @@ def print_summary(rows: list[dict], first: str | None, threshold: float | None, 
         print(f"next:   python detect_eval.py {os.path.relpath(scores.parent)}")
 
 
-def print_tokens(model, store, first: str, scoring, threshold: float | None) -> None:
+def print_tokens(model, store, first: str, scoring, threshold: float | None, path: Path) -> None:
     """Print and draw which tokens trigger the prompts."""
     from memorization.detectors.explain import as_text, draw_significance
     from memorization.runs.explain import explain
@@ -151,5 +151,4 @@ def print_tokens(model, store, first: str, scoring, threshold: float | None) -> 
     for score, significance in explained:
         print(f"   {score:9.4g}  {as_text(significance)}")
     if explained:
-        path = draw_significance([significance for _, significance in explained[:20]], store.folder / "tokens.png")
-        print(f"picture: {path}")
+        print(f"picture: {draw_significance([significance for _, significance in explained[:20]], path)}")

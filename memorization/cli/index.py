@@ -13,7 +13,7 @@ from pathlib import Path
 
 from memorization.errors import InputError
 from memorization.flags import FLAGS, ArgumentParser, Arguments, add_flags, value
-from memorization.index.kinds import FEATURES, SIZED
+from memorization.index.kinds import FEATURES, NETWORKED, SIZED
 from memorization.settings import Count
 
 
@@ -45,7 +45,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     if args.command == "build":
         if args.size and args.features not in SIZED:
             parser.error(f"--size is for {' and '.join(SIZED)}")
-        if (args.features in ("clip", "latents")) != bool(args.model):
+        if (args.features in NETWORKED) != bool(args.model):
             parser.error("--features clip or latents, and --model, go together")
     return args
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -50,10 +51,10 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     return args
 
 
-def about_methods(arguments: list[str] | tuple[str, ...]) -> str:
+def about_methods(arguments: Sequence[str]) -> str:
     """The methods, and the settings of the one that ``--help`` was asked for with; only its file is read then."""
     said = f"methods (docs/mitigations.md says what each does): {', '.join(MITIGATIONS)}"
-    asked = arguments[arguments.index("--method") + 1 :][:1] if "--method" in arguments else []
+    asked = list(arguments[arguments.index("--method") + 1 :][:1]) if "--method" in arguments else []
     if not {"-h", "--help"} & set(arguments) or not set(asked) & set(MITIGATIONS):
         return said
     cls = MITIGATIONS[asked[0]]
@@ -72,7 +73,8 @@ def main(arguments: Arguments = None) -> None:
     from memorization.models.loading import load_model
     from memorization.models.spec import find_model
     from memorization.paths import default_out
-    from memorization.runs.mitigate import Mitigating, configured_mitigation, contact_sheet, mitigate_list, prompts_of
+    from memorization.runs.kept import contact_sheet
+    from memorization.runs.mitigate import Mitigating, configured_mitigation, mitigate_list, prompts_of
 
     spec = find_model(args.model)
     mitigation = configured_mitigation(args.method, args.settings, spec, args.index)
@@ -96,7 +98,7 @@ def main(arguments: Arguments = None) -> None:
     print_report(result.rows, out, spec.copy_limits, sheet)
 
 
-def print_report(rows: list[dict], out: Path, copy_limits: dict[str, float], sheet: Path) -> None:
+def print_report(rows: list[dict], out: Path, copy_limits: Mapping[str, float], sheet: Path) -> None:
     """The changed prompts, the means before and after, and where everything is."""
     for row in rows:
         if row["new_prompt"] != row["prompt"]:
@@ -119,7 +121,7 @@ def marked(old: str, new: str) -> str:
     return " ".join(parts)
 
 
-def summary(rows: list[dict], copy_limits: dict[str, float]) -> str:
+def summary(rows: list[dict], copy_limits: Mapping[str, float]) -> str:
     """Means before and after, as a table; with the share of pictures that count as copies by each limit."""
     import numpy as np
     import pandas as pd

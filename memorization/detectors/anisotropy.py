@@ -72,13 +72,15 @@ class Anisotropy(PromptDetector):
 
     def _outputs(self, point: NoisePrediction) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) as the variant reads them, normalised if asked."""
-        outputs = point.uncond, point.cond
+        return self._as_read(point, point.uncond), self._as_read(point, point.cond)
+
+    def _as_read(self, point: NoisePrediction, output: Tensor) -> Tensor:
         if self.variant == "official" and point.prediction_type == "v_prediction":
-            outputs = tuple((eps - point.sigma * point.latents) / point.alpha for eps in outputs)  # back to raw v
+            output = (output - point.sigma * point.latents) / point.alpha  # back to raw v
         if self.normalization != "None":
             order = {"L1": 1, "L2": 2}[self.normalization]
-            outputs = tuple(normalize(o.flatten(-3), p=order, dim=-1).view_as(o) for o in outputs)
-        return outputs
+            output = normalize(output.flatten(-3), p=order, dim=-1).view_as(output)
+        return output
 
     def _norm(self, point: NoisePrediction) -> Tensor:
         uncond, cond = self._outputs(point)

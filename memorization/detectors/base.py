@@ -50,14 +50,18 @@ class Detector(Checked, ABC):
         terms: the values it gives, its own name first; the others are its terms.
         curves: of the values it gives, those that are curves and no scores.
         weights: setting -> the term that it weighs in the score; a calibration fits these settings.
-        forward_mode: whether it takes Jacobian-vector products, which channels-last group norms have not.
     """
 
+    name: ClassVar[str]
     needs: ClassVar[Literal["prompt", "gradient", "generation", "image"]]
     terms: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[Mapping[str, str]] = {}
-    forward_mode: bool = False
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether it takes Jacobian-vector products, which group norms in the channels-last format have not."""
+        return False
 
     def record(self) -> dict:
         """Everything that its values depend on, and their names, for a run's settings."""
@@ -73,7 +77,7 @@ class PromptDetector(Detector):
     """
 
     needs = "prompt"
-    steps: tuple[int, ...]
+    steps: ClassVar[tuple[int, ...]]
 
     @abstractmethod
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ class GradientDetector(Detector):
     """Needs ``gradient``: a function of the trace and of the model near by."""
 
     needs = "gradient"
-    steps: tuple[int, ...]
+    steps: ClassVar[tuple[int, ...]]
 
     @abstractmethod
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def volume(
     """
     check_powers(powers)
     inside = centres[:, None] + random_offsets(centres, radius, points, generator)
-    divergence = 0
+    divergence = torch.zeros(())
     for axis in torch.eye(centres[0].numel(), device=centres.device).view(-1, *centres.shape[1:]):
         ahead, behind = (score(inside + sign * step * axis).float() for sign in (1, -1))
         along = [(s * axis).flatten(2).sum(2) for s in (ahead, behind)]

@@ -6,6 +6,7 @@ resamples are one matrix product away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +139,6 @@ def threshold_at(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple
     return threshold, float((negatives >= threshold).mean())
 
 
-def noise_mean(values: list[float], noises: int | None = None) -> float:
+def noise_mean(values: Sequence[float], noises: int | None = None) -> float:
     """A prompt's score: the mean over its first ``noises`` noises (default: all)."""
     return float(np.mean(values[:noises]))

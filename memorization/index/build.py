@@ -59,9 +59,9 @@ def build_index(
         InputError: the folder holds an index of another kind or size, or is being built, or what describes pictures
             cannot be had.
     """
-    device = pick_device(device)
+    place = pick_device(device)
     (describe, name), raw = descriptor(kind, size, model), kind == "pixels"
-    width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=device)).shape[1]
+    width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=place)).shape[1]
     record = {"kind": kind, "size": size and list(size), "width": width} | ({"model": name} if name else {})
     row = width * (1 if raw else 4)  # bytes
     with LineFile(folder / "items.jsonl", "another process is building this index") as items:
@@ -75,22 +75,25 @@ def build_index(
             features.truncate(len(done) * row)
             items.cut(sum(len(line_of(item)) for item in done))
             new = _new(listed(source), done, source)
-            for start in tqdm(
-                range(0, len(new), at_once), desc=folder.name, unit=f"{at_once} pictures", disable=not new
-            ):
-                batch = [(item, picture) for item in new[start : start + at_once]
-                         if (picture := read_or_skip(ROOT / item["file"], size)) is not None]  # fmt: skip
-                if not batch:
+            for start in tqdm(range(0, len(new), at_once), folder.name, unit=f"{at_once} pictures", disable=not new):
+                added, pictures = _readable(new[start : start + at_once], size)
+                if not added:
                     continue
                 (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
-                pictures = [picture for _, picture in batch]
                 found = (
-                    np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, device)
+                    np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, place)
                 )
                 features.write(np.ascontiguousarray(found).tobytes())
                 features.flush()
-                items.append(item for item, _ in batch)
+                items.append(added)
     return Index(folder)
+
+
+def _readable(items: list[dict], size: tuple[int, int] | None) -> tuple[list[dict], list[np.ndarray]]:
+    """Those of ``items`` whose pictures can be read, and the pictures."""
+    read = [(item, read_or_skip(ROOT / item["file"], size)) for item in items]
+    pairs = [(item, picture) for item, picture in read if picture is not None]
+    return [item for item, _ in pairs], [picture for _, picture in pairs]
 
 
 def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:

@@ -26,16 +26,16 @@ def compress(index: Index, folder: Path, lists: int | None = None, code: int = 6
     """
     faiss = faiss_module()
     width = index.features.shape[1]
-    lists = lists or round(4 * len(index) ** 0.5)
-    if lists < 1:
-        raise InputError(f"--lists {lists}: at least 1")
+    count = round(4 * len(index) ** 0.5) if lists is None else lists
+    if count < 1:
+        raise InputError(f"--lists {count}: at least 1")
     if code < 1 or width % code:
         raise InputError(f"--code {code}: no divisor of the features' width, {width}")
-    if len(index) < max(39 * lists, 39 * 256):
-        raise InputError(f"{len(index)} pictures are too few for {lists} lists: exact search is fast enough")
-    made = faiss.index_factory(width, f"IVF{lists},PQ{code}", faiss.METRIC_L2)
+    if len(index) < max(39 * count, 39 * 256):
+        raise InputError(f"{len(index)} pictures are too few for {count} lists: exact search is fast enough")
+    made = faiss.index_factory(width, f"IVF{count},PQ{code}", faiss.METRIC_L2)
     rows = np.random.default_rng(0).choice(
-        len(index), min(len(index), max(TRAINED_ON * lists, 39 * 256)), replace=False
+        len(index), min(len(index), max(TRAINED_ON * count, 39 * 256)), replace=False
     )
     made.train(index.vectors(np.sort(rows)).numpy())
     for start in tqdm(range(0, len(index), at_once), desc="compress", unit=f"{at_once} pictures"):

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from memorization.errors import InputError
+from memorization.index.kinds import NETWORKED
+
 SSCD_PRESET = "amg-224"  # as AMG's authors feed it, since their gates are of it
 
 Describe = Callable[[Tensor], Tensor]
@@ -32,14 +35,16 @@ def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tu
 
     if kind == "pixels":
         return lambda pictures: resized(pictures).flatten(1), None
+    if kind in NETWORKED and model is None:
+        raise InputError(f"features {kind!r} need a checkpoint: --model FOLDER|HUB_ID")
     # Networks are imported where they are needed: an index of pixels needs none, and they take seconds.
-    if kind == "latents":
+    if kind == "latents" and model:
         from memorization.models.decoding import encode_pixels
         from memorization.models.loading import load_autoencoder
 
         vae = load_autoencoder(model)
         return lambda pictures: encode_pixels(vae.to(pictures.device), resized(pictures)).flatten(1), model
-    if kind == "clip":
+    if kind == "clip" and model:
         from memorization.similarity.clip import Clip
 
         return Clip(model).describe, model

@@ -91,7 +91,7 @@ class Index:
             raise InputError(f"the index was made with {self.model}, here is {name}; build it anew")
         return describe
 
-    def vectors(self, rows: Sequence[int] | slice) -> Tensor:
+    def vectors(self, rows: Sequence[int] | slice | np.ndarray) -> Tensor:
         """``rows`` as they are compared, float32: pixels in [-1, 1] or latents, flattened; or unit vectors."""
         found = torch.from_numpy(np.array(self.features[rows])).float()
         return found / 127.5 - 1 if self.kind == "pixels" else found
@@ -108,7 +108,7 @@ class Index:
         """
         k = min(k, len(self))
         if self.candidates:
-            return self._search_candidates(queries.float().cpu(), k)
+            return self._search_candidates(self.candidates, queries.float().cpu(), k)
         best = torch.full((len(queries), k), torch.inf)
         rows = torch.zeros(len(queries), k, dtype=torch.long)
         queries = queries.float().cpu()
@@ -122,9 +122,9 @@ class Index:
             best = merged
         return best, rows
 
-    def _search_candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_candidates(self, candidates: Candidates, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = []
-        for query, named in zip(queries, self.candidates(queries, 4 * k), strict=True):
+        for query, named in zip(queries, candidates(queries, 4 * k), strict=True):
             rows = np.unique(named[named >= 0])
             if len(rows) < k:  # the lists visited hold too few
                 rows = np.arange(len(self))

@@ -9,7 +9,8 @@ Deviation: a negative logit times C > 1 would lose attention; it is divided by C
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -68,7 +69,7 @@ class AttentionRescale(Mitigation):
         ends = end_of_text(case.pipe, case.prompts).repeat_interleave(len(case.noise))
 
         @contextmanager
-        def around(rows: Tensor) -> AbstractContextManager:
+        def around(rows: Tensor) -> Iterator[None]:
             unet = case.pipe.unet
             before = unet.attn_processors
             chosen = RescalingAttnProcessor(ends[rows], self.strength)

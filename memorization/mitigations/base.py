@@ -41,6 +41,7 @@ class Mitigation(Checked, ABC):
         needs_index: whether it has a setting ``index``, the folder of an index of training pictures.
     """
 
+    name: ClassVar[str]
     strength: float
     strengths: ClassVar[tuple[float, ...]]
     lowers: ClassVar[str | None] = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Case:
     embeds: Tensor
     noise: Tensor
     detectors: dict[str, PromptDetector]
-    levels: dict[str, dict[float, float]]
+    levels: Mapping[str, Mapping[float, float]]
     steps: int = 50
     grid_steps: int = 50
     guidance_scale: float = 7.5
@@ -92,5 +92,5 @@ class Remedy:
     def unchanged(cls, case: Case, **changed) -> Remedy:
         """The case as it is, but for what is given."""
         latents = case.noise.expand(len(case.prompts), *case.noise.shape)
-        return cls(**{"prompts": case.prompts, "embeds": case.embeds, "latents": latents,
-                      "iterations": [0] * len(case.prompts), **changed})  # fmt: skip
+        unchanged = cls(case.prompts, case.embeds, latents, iterations=[0] * len(case.prompts))
+        return replace(unchanged, **changed)

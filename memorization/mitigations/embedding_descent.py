@@ -33,6 +33,7 @@ class EmbeddingDescent(Mitigation):
     lr: Positive = 0.05
     iterations: Count = 20
 
+    lowers: ClassVar[str]
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:

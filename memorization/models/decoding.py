@@ -17,7 +17,7 @@ from memorization.io.pictures import read_picture, to_bytes, to_tensor
 def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Scaled latents, float32, of pictures ``(n, 3, h, w)`` in [-1, 1]: the posterior's mean; differentiable."""
     pixels = pictures.to(vae.device, vae.dtype)
-    return vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
+    return vae.encode(pixels).latent_dist.mean.float() * vae.config["scaling_factor"]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -67,7 +67,9 @@ def generate(
     embeds = torch.cat([empty.expand_as(prompt_embeds), prompt_embeds])
     blank = (prompt_embeds == empty).flatten(1).all(1)[:, None, None, None]
     for index, t in enumerate(scheduler.timesteps.tolist()):
-        recorder = AttentionRecorder(ends, tuple(latents.shape[-2:])) if index in attention_steps else None
+        recorder = None
+        if ends is not None and index in attention_steps:
+            recorder = AttentionRecorder(ends, (latents.shape[-2], latents.shape[-1]))
         with recorder.installed(pipe.unet) if recorder else nullcontext():
             uncond, cond = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds).chunk(2)
         cond = torch.where(blank, uncond, cond)  # as in the trace: the guidance vector of a blank prompt is 0
@@ -75,7 +77,7 @@ def generate(
             t, latents, uncond, cond, *pipe.noise_scales(t), pipe.scheduler.config.prediction_type
         )
         followed = guide(index, prediction) if guide else uncond + guidance_scale * (cond - uncond)
-        result = scheduler.step(followed, t, latents)
+        result: Any = scheduler.step(followed, t, latents)
         attention = recorder.attention() if recorder else None
         yield Step(index, prediction, result.pred_original_sample, result.prev_sample, attention)
         latents = result.prev_sample

@@ -77,5 +77,5 @@ def sample_pixels(
         if guide:
             alpha_bar = scheduler.alphas_cumprod[t].item()
             eps = guide(index, NoisePrediction(t, x, eps, eps, alpha_bar**0.5, (1 - alpha_bar) ** 0.5, "epsilon"))
-        x = scheduler.step(eps, t, x, generator=generators).prev_sample
+        x = scheduler.step(eps, t, x, generator=generators).prev_sample  # ty: ignore[invalid-argument-type]
     return x.clamp(-1, 1).cpu()

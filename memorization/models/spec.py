@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -43,7 +43,7 @@ class ModelSpec(Checked):
     guidance_scale: NotNegative = 7.5
     calibration: str | None = None
     clip: str | None = None
-    copy_limits: dict[Literal["nl2", "sscd"], float] = field(default_factory=dict)
+    copy_limits: dict[str, float] = field(default_factory=dict)
     reference: str | None = None
     description: str = ""
 
@@ -57,7 +57,7 @@ class ModelSpec(Checked):
         Raises:
             InputError: it has none, or a file is not there.
         """
-        found = {role: Path(file) for role, file in self.prompts.items()}
+        found: dict[str, Path] = {role: Path(file) for role, file in self.prompts.items()}
         if not found:
             raise InputError(f"model {self.name!r} has no prompt list of its own: give --prompts FILE")
         if missing := [path for path in found.values() if not path.exists()]:
@@ -108,7 +108,7 @@ def read_spec(path: Path, home: Path) -> ModelSpec:
     if not isinstance(values, Mapping):
         raise InputError(f"{path}: says nothing of a model; it needs ids: [FOLDER or HUB_ID]")
     spec = make(ModelSpec, {"name": path.stem, **values}, str(path))
-    found = {key: _placed(value, home) for key in FILES if (value := getattr(spec, key))}
+    found: dict[str, Any] = {key: _placed(value, home) for key in FILES if (value := getattr(spec, key))}
     found["ids"] = tuple(_placed(identifier, home) for identifier in spec.ids)
     found["prompts"] = {role: str(home / file) for role, file in spec.prompts.items()}
     return make(ModelSpec, {**vars(spec), **found}, str(path))

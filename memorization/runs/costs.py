@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from memorization.models.loading import Model
 from memorization.runs.detect import Scoring
 from memorization.runs.memory import default_batch_size
 from memorization.runs.scorer import Scorer
-from memorization.runs.store import ResultStore
+from memorization.runs.store import Store
 
 
 class RowCounter:
@@ -78,15 +79,15 @@ def measure_costs(
 
 
 def write_costs(
-    model: Model, detectors: Sequence[Detector], listed: Listed, scoring: Scoring, store: ResultStore
+    model: Model, detectors: Sequence[Detector], listed: Listed, scoring: Scoring, store: Store, path: Path
 ) -> None:
-    """The costs on the first four prompts of a run, to ``costs.json`` beside its scores."""
+    """The costs on the first four prompts of a run, as JSON."""
     batch_size = scoring.batch_size or default_batch_size(model.pipe)
     costs = measure_costs(
         model.pipe, detectors, listed.frame["prompt"].tolist()[:4], steps=scoring.steps,
         batch_size=store.record.get("batch_size_used", batch_size),
     )  # fmt: skip
-    write_atomically(store.folder / "costs.json", json.dumps(costs, indent=1) + "\n")
+    write_atomically(path, json.dumps(costs, indent=1) + "\n")
 
 
 def _now(pipe: LocalStableDiffusionPipeline) -> float:

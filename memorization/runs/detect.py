@@ -27,6 +27,9 @@ from memorization.settings import Checked, Count, NotNegative, Seed, Steps, fitt
 KEPT = ("label", "family", "kind", "duplicates", "replication", "split")  # columns of a list that scores keep
 
 
+AnyScorer = Scorer | SequentialScorer | PictureScorer
+
+
 @dataclass(frozen=True)
 class Scoring(Checked):
     """How prompts are scored: everything but the model, the list and the detectors.
@@ -99,26 +102,14 @@ def detect(
     Raises:
         InputError: the folder holds another run, memory does not suffice for one row, or a value is not finite.
     """
-    pipe, of_pictures = model.pipe, "images" in listed.hashes
+    pipe = model.pipe
     batch_size = scoring.batch_size or default_batch_size(pipe)
-    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    make_scorer, further = _scorer_for(model, listed, detectors, scoring, calibration)
     settings = {
         "model": model.name, "revision": revision_of(pipe), "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
-        "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size,
+        "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size, **further,
     }  # fmt: skip
-    common = {"seed": scoring.seed, "steps": scoring.steps, "guidance_scale": scale}
-    if not of_pictures and any(detector.needs in ("generation", "image") for detector in detectors):
-        settings["guidance_scale"] = scale
-    if of_pictures:
-        make_scorer = partial(PictureScorer, pipe, detectors)
-    elif scoring.sequential:
-        first = deciding(detectors) or ""
-        bands = calibration.bands(first)
-        settings["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands.items()]}
-        make_scorer = partial(SequentialScorer, pipe, detectors, detector=first, bands=bands, **common)
-    else:
-        make_scorer = partial(Scorer, pipe, detectors, noises=scoring.noises, **common)
     info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
             "thresholds": calibration.thresholds}  # fmt: skip
     with ResultStore(out, settings, info, overwrite) if out else MemoryStore(settings) as store:
@@ -126,13 +117,25 @@ def detect(
     return store
 
 
-def run_detection(
-    make_scorer: Callable[..., Scorer | SequentialScorer | PictureScorer],
-    frame: pd.DataFrame,
-    store: Store,
-    *,
-    batch_size: int,
-) -> None:
+def _scorer_for(
+    model: Model, listed: Listed, detectors: Sequence[Detector], scoring: Scoring, calibration: Calibration
+) -> tuple[Callable[..., AnyScorer], dict]:
+    """What makes the scorer for a batch size, and the settings that matter to it alone."""
+    if "images" in listed.hashes:
+        return partial(PictureScorer, model.pipe, detectors), {}
+    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    common = {"seed": scoring.seed, "steps": scoring.steps, "guidance_scale": scale}
+    generates = any(detector.needs in ("generation", "image") for detector in detectors)
+    further: dict = {"guidance_scale": scale} if generates else {}
+    if not scoring.sequential:
+        return partial(Scorer, model.pipe, detectors, noises=scoring.noises, **common), further
+    first = deciding(detectors) or ""
+    bands = calibration.bands(first)
+    further["sequential"] = {"detector": first, "bands": [[n, *band] for n, band in bands.items()]}
+    return partial(SequentialScorer, model.pipe, detectors, detector=first, bands=bands, **common), further
+
+
+def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, store: Store, *, batch_size: int) -> None:
     """Score the rows of ``frame`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
 
     Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
@@ -145,7 +148,7 @@ def run_detection(
         with_memory(lambda size: _score_all(make_scorer(batch_size=size), frame, store), store, batch_size)
 
 
-def _score_all(scorer: Scorer | SequentialScorer | PictureScorer, frame: pd.DataFrame, store: Store) -> None:
+def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
     keep = [column for column in KEPT if column in frame]
     size = scorer.prompts_at_once
     with tqdm(total=len(frame), initial=store.done, desc=store.name, unit=scorer.columns[0], smoothing=0) as bar:

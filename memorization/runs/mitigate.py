@@ -3,141 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from memorization.detectors.base import SCORED_BY
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration
 from memorization.index.build import own_index
-from memorization.io.figures import save_figure
-from memorization.io.pictures import read_picture
 from memorization.io.prompts import picture_files, read_prompts
 from memorization.mitigations.base import MITIGATIONS, Mitigation
-from memorization.mitigations.case import Case, Remedy
+from memorization.mitigations.case import Remedy
 from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.runs.cases import Cases, scoring_detectors
+from memorization.runs.kept import Kept, KeptInFolder, KeptInMemory
 from memorization.runs.memory import default_batch_size, with_memory
-from memorization.runs.sampling import sample
+from memorization.runs.outcome import mitigate, scores_of
 from memorization.runs.store import MemoryStore, ResultStore, Store
 from memorization.settings import Checked, Count, NotNegative, Seed, Steps, fitted
 from memorization.similarity.judge import Judge, make_judge
 
 NOISES = 4  # a prompt, where nothing is calibrated
-
-
-class Side(NamedTuple):
-    """A case before or after: pictures, uint8 ``(prompts, noises, h, w, 3)``, and what is measured of each prompt."""
-
-    pictures: np.ndarray
-    measured: list[dict]
-    seconds: float  # a prompt, to generate
-
-
-def side(case: Case, remedy: Remedy, judge: Judge, training: Sequence[Path | None]) -> Side:
-    """Generate, score and judge a case under a remedy.
-
-    Args:
-        training: file of each prompt's training picture, or None.
-    """
-    started = time.perf_counter()
-    pictures = sample(case, remedy)
-    seconds = (time.perf_counter() - started) / len(case.prompts)
-    scores = [{"score": score} for score in scores_of(case, remedy)] if remedy.scorable else [{}] * len(pictures)
-    measured = [
-        {**score, **judge(own, prompt, path)}
-        for score, own, prompt, path in zip(scores, pictures, case.prompts, training, strict=True)
-    ]
-    return Side(pictures, measured, round(seconds, 3))
-
-
-@torch.no_grad()
-def scores_of(case: Case, remedy: Remedy, name: str = SCORED_BY) -> list[float]:
-    """Mean score of every prompt under the remedy's embedding, on the remedy's own noise.
-
-    Raises:
-        InputError: a score is not finite; names the prompt.
-    """
-    if (remedy.latents == case.noise).all():
-        scores = case.score(name, remedy.embeds).tolist()
-    else:
-        alone = zip(remedy.latents, remedy.embeds.split(1), strict=True)
-        scores = [replace(case, noise=latents).score(name, embed).item() for latents, embed in alone]
-    for score, prompt in zip(scores, case.prompts, strict=True):
-        if not math.isfinite(score):
-            raise InputError(f"{name} is NaN or infinite for {prompt!r}; try --dtype float32")
-    return [float(f"{score:.6g}") for score in scores]
-
-
-class Outcome(NamedTuple):
-    """What came of a batch of prompts; ``seconds`` a prompt, for the remedy alone."""
-
-    remedy: Remedy
-    before: Side
-    after: Side
-    seconds: float
-
-    def pictures(self, i: int) -> dict[str, np.ndarray]:
-        """Those of prompt ``i``, uint8 ``(noises, h, w, 3)``, before and after."""
-        return {"before": self.before.pictures[i], "after": self.after.pictures[i]}
-
-    def changed(self, case: Case, i: int) -> dict[str, Tensor]:
-        """What the remedy changed of prompt ``i``, as :meth:`KeptInMemory.tensors`."""
-        embeds, latents = self.remedy.embeds[i], self.remedy.latents[i]
-        found = {}
-        if not torch.equal(embeds, case.embeds[i]):
-            found["prompt_embeds"] = embeds[None].contiguous()
-        if not torch.equal(latents, case.noise):
-            found["latents"] = latents.contiguous()
-        return found
-
-    def rows(self, prompts: Sequence[str]) -> list[dict]:
-        """A line a prompt."""
-        return [
-            {
-                "prompt": prompt, "new_prompt": self.remedy.prompts[i],
-                **{f"{key}_{when}": value for when, one in (("before", self.before), ("after", self.after))
-                   for key, value in one.measured[i].items()},
-                "iterations": self.remedy.iterations[i], "seconds": self.seconds,
-                "seconds_generation": self.after.seconds,
-            }
-            for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-
-
-def mitigate(
-    case: Case, mitigation: Mitigation, judge: Judge, training: Sequence[Path | None], before: Side | None = None
-) -> Outcome:
-    """Find the remedy, generate with and without it from the same noise (unless it is other noise), and measure.
-
-    Args:
-        before: the side without it, where it is known.
-    """
-    started = time.perf_counter()
-    try:
-        remedy = mitigation(case)
-        seconds = (time.perf_counter() - started) / len(case.prompts)
-        if before is None:
-            before = side(case, Remedy.unchanged(case), judge, training)
-        after = side(case, remedy, judge, training)
-    except FloatingPointError as error:
-        raise InputError(f"{mitigation.name}: {error}; try --dtype float32") from None
-    return Outcome(remedy, before, after, round(seconds, 3))
 
 
 def flagged(cases: Cases, prompts: Sequence[str], threshold: float) -> list[bool]:
@@ -172,8 +63,10 @@ class Mitigating(Checked):
     threshold: float | Literal["auto"] | None = "auto"
     limit: Count | None = None
 
-    def calibrated(self, name: str, mitigation: Mitigation, calibration: Calibration) -> Mitigating:
-        """The same with the number of noises and the threshold that the calibration gives.
+    def calibrated(
+        self, name: str, mitigation: Mitigation, calibration: Calibration
+    ) -> tuple[int, float | None, float | None]:
+        """(noises, threshold or None, score to reach or None) that the calibration gives.
 
         Args:
             name: of the model, as it was asked for.
@@ -182,17 +75,16 @@ class Mitigating(Checked):
             InputError: what is needed of the calibration is not there, or holds for something else.
         """
         noises = self.noises or calibration.holds_for.get("num_images", NOISES)
-        threshold = self.threshold
-        if threshold == "auto":
+        threshold = None if self.threshold == "auto" else self.threshold
+        if self.threshold == "auto":
             if SCORED_BY not in calibration.thresholds:
                 raise InputError("no calibrated threshold: give --calibration FILE (by detect_eval.py --calibrate), "
                                  "--threshold X or --all")  # fmt: skip
             threshold = calibration.thresholds[SCORED_BY]
-        if mitigation.needs_level:
-            mitigation.bound(calibration.levels)
+        level = mitigation.bound(calibration.levels) if mitigation.needs_level else None
         if mitigation.needs_level or self.threshold == "auto":
             calibration.check({"model": name, "num_images": noises})
-        return replace(self, noises=noises, threshold=threshold)
+        return noises, threshold, level
 
 
 def configured_mitigation(
@@ -290,102 +182,48 @@ def mitigate_list(
         InputError: something needed of the calibration is missing, the folder holds another run, memory does not
             suffice, or a number is not finite.
     """
-    pipe, spec = model.pipe, model.spec
-    plan = plan.calibrated(model.name, mitigation, calibration)
+    spec = model.spec
+    noises, threshold, level = plan.calibrated(model.name, mitigation, calibration)
     if model.dtype == "float16" and mitigation.lowers:
         raise InputError(f"{mitigation.name}: gradients are lost in float16; give --dtype float32 or bfloat16")
-    if pipe.device.type == "cuda":
-        pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
-    cases = Cases(
-        pipe, pipe.pure_noise(plan.noises, plan.seed), plan.steps,
-        spec.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
-        plan.seed, plan.batch_size or default_batch_size(pipe), scoring_detectors([mitigation], spec, calibration),
-        calibration.levels, calibration.holds_for.get("steps", 50),
-    )  # fmt: skip
+    if model.pipe.device.type == "cuda":
+        model.pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
+    cases = _cases_for(model, mitigation, plan, noises, calibration)
     frame = prompts.frame
-    if plan.threshold is not None:
-        frame = frame[flagged(cases, frame["prompt"].tolist(), plan.threshold)].reset_index(drop=True)
+    if threshold is not None:
+        frame = frame[flagged(cases, frame["prompt"].tolist(), threshold)].reset_index(drop=True)
     frame = frame[: plan.limit]
     if frame.empty:
-        return Mitigated([], frame, None, len(cases.noise))
-    judge = make_judge(pipe, prompts.known, spec.clip if clip is None else clip, sscd)
+        return Mitigated([], frame, None, noises)
+    judge = make_judge(model.pipe, prompts.known, spec.clip if clip is None else clip, sscd)
     settings = {
-        "model": model.name, "revision": revision_of(pipe), "method": mitigation.name, **mitigation.record(),
-        "level": mitigation.bound(calibration.levels) if mitigation.needs_level else None,
-        "threshold": plan.threshold,
-        "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": plan.noises,
+        "model": model.name, "revision": revision_of(model.pipe), "method": mitigation.name, **mitigation.record(),
+        "level": level, "threshold": threshold,
+        "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": noises,
         "seed": plan.seed, "steps": plan.steps, "grid_steps": cases.grid_steps,
         "guidance_scale": cases.guidance_scale, "dtype": model.dtype, "batch_size": cases.batch_size,
         SCORED_BY: vars(cases.detectors[SCORED_BY]), "judge": judge.description,
     }  # fmt: skip
-    info = {"device": str(pipe.device)}
+    info = {"device": str(model.pipe.device)}
     kept = KeptInFolder(out) if out else KeptInMemory()
     with ResultStore(out, settings, info, overwrite, "mitigations.jsonl") if out else MemoryStore(settings) as store:
         run_mitigation(cases, mitigation, frame, judge, store, kept)
-    return Mitigated(store.rows, frame, kept, len(cases.noise))
+    return Mitigated(store.rows, frame, kept, noises)
 
 
-class KeptInMemory:
-    """Pictures and tensors of a run, by the number of the prompt."""
-
-    def __init__(self) -> None:
-        self._pictures: dict[int, dict[str, np.ndarray]] = {}
-        self._tensors: dict[int, dict[str, Tensor]] = {}
-
-    def start(self, anew: bool) -> None:
-        """Nothing to make ready."""
-
-    def add(self, number: int, pictures: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
-        """Keep what came of a prompt: pictures ``before`` and ``after``, and the tensors that were changed."""
-        self._pictures[number], self._tensors[number] = pictures, tensors
-
-    def pictures(self, number: int, when: str) -> np.ndarray:
-        """uint8 ``(noises, h, w, 3)``."""
-        return self._pictures[number][when]
-
-    def tensors(self, number: int) -> dict[str, Tensor]:
-        """``prompt_embeds (1, tokens, width)`` and ``latents (noises, c, h, w)``, whichever the remedy changed."""
-        return self._tensors[number]
-
-
-class KeptInFolder:
-    """The same as files: ``images/<id>-before-<n>.png``, ``images/<id>-after-<n>.png``, ``embeds/<id>.safetensors``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def start(self, anew: bool) -> None:
-        """Make the folders; ``anew``: without what a run that was overwritten left there."""
-        for name in ("images", "embeds"):
-            if anew:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / name).mkdir(exist_ok=True)
-
-    def add(self, number: int, pictures: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
-        """As :meth:`KeptInMemory.add`; no file of tensors where the remedy changed none."""
-        for when, own in pictures.items():
-            for n, picture in enumerate(own):
-                Image.fromarray(picture).save(self._picture(number, when, n))
-        if tensors:  # a file with the memorized prompt's own embedding would be no remedy
-            save_file(tensors, self._tensors(number))
-
-    def pictures(self, number: int, when: str) -> np.ndarray:
-        """As :meth:`KeptInMemory.pictures`."""
-        count = len(list((self.folder / "images").glob(f"{number:04d}-{when}-*.png")))
-        return np.stack([read_picture(self._picture(number, when, n), None) for n in range(count)])
-
-    def tensors(self, number: int) -> dict[str, Tensor]:
-        """As :meth:`KeptInMemory.tensors`."""
-        return load_file(self._tensors(number)) if self._tensors(number).is_file() else {}
-
-    def _picture(self, number: int, when: str, n: int) -> Path:
-        return self.folder / "images" / f"{number:04d}-{when}-{n}.png"
-
-    def _tensors(self, number: int) -> Path:
-        return self.folder / "embeds" / f"{number:04d}.safetensors"
-
-
-Kept = KeptInFolder | KeptInMemory
+def _cases_for(model: Model, mitigation: Mitigation, plan: Mitigating, noises: int, calibration: Calibration) -> Cases:
+    """The cases of a run; detectors read the grid that they were calibrated on."""
+    return Cases(
+        model.pipe,
+        model.pipe.pure_noise(noises, plan.seed),
+        plan.steps,
+        model.spec.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
+        plan.seed,
+        plan.batch_size or default_batch_size(model.pipe),
+        scoring_detectors([mitigation], model.spec, calibration),
+        calibration.levels,
+        calibration.holds_for.get("steps", 50),
+    )
 
 
 def run_mitigation(
@@ -421,26 +259,3 @@ def _mitigate_all(
             missing = rows[store.done - start :]
             store.append(missing)
             bar.update(len(missing))
-
-
-def contact_sheet(
-    kept: Kept, rows: list[dict], training: Sequence[Path | None], count: int, path: Path, limit: int = 16
-) -> Path:
-    """Training picture, ``count`` pictures before and as many after, a row a prompt."""
-    rows = rows[:limit]
-    figure, axes = plt.subplots(
-        len(rows), 3, figsize=(1.1 * (1 + 2 * count), 1.25 * len(rows)), width_ratios=[1, count, count], squeeze=False
-    )
-    for row, image, (left, middle, right) in zip(rows, training, axes, strict=False):
-        for axis, key, when in ((middle, "prompt", "before"), (right, "new_prompt", "after")):
-            pictures = kept.pictures(row["id"], when)
-            axis.imshow(np.concatenate(list(pictures), axis=1))
-            score = f": {row[f'score_{when}']:.3g}" if f"score_{when}" in row else ""
-            axis.set_title(row[key][:60] + score, fontsize=7, loc="left", pad=2, parse_math=False)
-        if image is not None:
-            left.imshow(read_picture(image, pictures.shape[1:3]))
-    for axis in axes.flat:
-        axis.axis("off")
-    axes[0, 0].set_title("training", fontsize=7, pad=2)
-    figure.suptitle("training picture | before | after: score", fontsize=8)
-    return save_figure(figure, path)

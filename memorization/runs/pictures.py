@@ -48,7 +48,8 @@ class PictureScorer:
 
     def __init__(self, pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector], *, batch_size: int) -> None:
         check_needs(detectors)
-        self.pipe, self.detectors, self.batch_size = pipe, detectors, batch_size
+        self.pipe, self.batch_size = pipe, batch_size
+        self.detectors = [detector for detector in detectors if isinstance(detector, ImageDetector)]
         self.empty = pipe.embed([""])
 
     @torch.no_grad()

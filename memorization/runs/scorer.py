@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import NEEDS, Detector
+from memorization.detectors.base import (
+    Detector,
+    GenerationDetector,
+    GradientDetector,
+    ImageDetector,
+    PromptDetector,
+)
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, Bands, noises_needed
 from memorization.models.attention import end_of_text
@@ -42,14 +49,17 @@ class Scorer:
         first_noise: int = 0,
     ) -> None:
         self.pipe, self.batch_size, self.steps, self.guidance_scale = pipe, batch_size, steps, guidance_scale
-        self.of = {need: [d for d in detectors if d.needs == need] for need in NEEDS}
-        if self.of["gradient"] and pipe.unet.dtype != torch.float32:
-            names = ", ".join(detector.name for detector in self.of["gradient"])
+        self.prompt = [detector for detector in detectors if isinstance(detector, PromptDetector)]
+        self.gradient = [detector for detector in detectors if isinstance(detector, GradientDetector)]
+        self.generation = [detector for detector in detectors if isinstance(detector, GenerationDetector)]
+        self.image = [detector for detector in detectors if isinstance(detector, ImageDetector)]
+        if self.gradient and pipe.unet.dtype != torch.float32:
+            names = ", ".join(detector.name for detector in self.gradient)
             raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
         if any(detector.forward_mode for detector in detectors):
             pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
         grid = pipe.detection_timesteps(steps)
-        one_step = self.of["prompt"] + self.of["gradient"]
+        one_step = [*self.prompt, *self.gradient]
         for detector in one_step:
             if max(detector.steps) >= steps:
                 raise InputError(f"{detector.name} reads step {max(detector.steps)} of the grid: give more --steps")
@@ -72,7 +82,7 @@ class Scorer:
         """
         embeds = self.pipe.embed(prompts)
         values = self._from_trace(embeds)
-        if self.of["generation"] or self.of["image"]:
+        if self.generation or self.image:
             values |= self._from_generation(prompts, embeds)
         return as_rows(values, prompts)
 
@@ -80,10 +90,10 @@ class Scorer:
         """Values ``(prompts, noises)`` of the detectors that read the trace."""
         trace = self.pipe.trace(embeds, self.latents, list(self.uncond.eps), self.uncond, self.batch_size)
         values = {}
-        for detector in self.of["prompt"]:
+        for detector in self.prompt:
             values |= detector([trace[self.timesteps[place]] for place in detector.steps])
         predict = Predictor(self.pipe, embeds, self.uncond.embedding, self.batch_size)
-        for detector in self.of["gradient"]:
+        for detector in self.gradient:
             values |= detector([trace[self.timesteps[place]] for place in detector.steps], predict)
         return values
 
@@ -93,23 +103,23 @@ class Scorer:
         A row fills two places of a UNet call, so the prompt-noise pairs go in halves of the batch size.
         """
         noises = len(self.latents)
-        recorded = {i for detector in self.of["generation"] for i in detector.attention_steps(self.steps)}
+        recorded = {i for detector in self.generation for i in detector.attention_steps(self.steps)}
         ends = end_of_text(self.pipe, prompts)
         parts: dict[str, list[Tensor]] = {}
         for pairs in torch.arange(len(prompts) * noises, device=embeds.device).split(max(1, self.batch_size // 2)):
             row_embeds, latents = embeds[pairs // noises], self.latents[pairs % noises]
             predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
-            kept = [[] for _ in self.of["generation"]]
+            kept = [[] for _ in self.generation]
             for step in generate(
                 self.pipe, row_embeds, self.uncond.embedding, latents,
                 steps=self.steps, guidance_scale=self.guidance_scale,
                 ends=ends[pairs // noises], attention_steps=recorded,
             ):  # fmt: skip
-                for detector, of_steps in zip(self.of["generation"], kept, strict=True):
+                for detector, of_steps in zip(self.generation, kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))
-            for detector, of_steps in zip(self.of["generation"], kept, strict=True):
+            for detector, of_steps in zip(self.generation, kept, strict=True):
                 _collect(parts, detector(torch.stack(of_steps)))
-            for detector in self.of["image"]:
+            for detector in self.image:
                 _collect(parts, detector(step.after, predict))
         return {name: torch.cat(values).unflatten(0, (-1, noises)) for name, values in parts.items()}
 
@@ -169,7 +179,7 @@ def as_rows(values: dict[str, Tensor], names: Sequence[str]) -> list[dict[str, l
     return [{name: rows[i] for name, rows in columns.items()} for i in range(len(names))]
 
 
-def _rounded(value: float | list) -> float | list:
+def _rounded(value: Any) -> Any:
     """Six significant digits: what the last bits of a float32 sum, which vary with the batch size, leave alone."""
     if isinstance(value, list):
         return [_rounded(item) for item in value]

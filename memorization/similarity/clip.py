@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class Clip:
         The same preparation as :meth:`pictures`, but for the rounding of resized pixels to bytes, and it squeezes a
         picture to the model's size instead of cropping it.
         """
-        side = self.model.config.vision_config.image_size
+        vision_config: Any = self.model.config.vision_config
+        side = vision_config.image_size
         if tuple(pictures.shape[-2:]) != (side, side):
             pictures = interpolate(pictures, (side, side), mode="bicubic", antialias=True)
         mean, std = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
     return float(max(0.0, means + np.trace(first) + np.trace(second) - 2 * cross))
 
 
-def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def features_of(folder: Path, embed: Callable[[np.ndarray], Any]) -> np.ndarray:
     """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
     paths = list_pictures(folder)["image"]
     return np.concatenate(

@@ -55,9 +55,9 @@ class Judge:
             values["clip"] = (self.clip.pictures(pictures) @ self.clip.prompts([prompt])[0]).tolist()
         if image is not None:
             place = self.place[image]
-            if len(self.place) >= NEIGHBOURS:
+            if self.training is not None and len(self.place) >= NEIGHBOURS:
                 values["nl2"] = normalized_l2(to_tensor(pictures), self.training, NEIGHBOURS)[:, place].tolist()
-            if self.sscd:
+            if self.sscd and self.embedded is not None:
                 values["sscd"] = (self.sscd(pictures) @ self.embedded[place]).tolist()
         return {name: [round(value, 4) for value in column] for name, column in values.items()}
 

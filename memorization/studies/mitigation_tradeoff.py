@@ -30,7 +30,8 @@ from memorization.models.spec import ModelSpec
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.memory import default_batch_size
-from memorization.runs.mitigate import Outcome, Side, configured_mitigation, mitigate
+from memorization.runs.mitigate import configured_mitigation
+from memorization.runs.outcome import Outcome, Side, mitigate
 from memorization.runs.store import ResultStore
 from memorization.similarity.judge import Judge, make_judge
 from memorization.studies.labelled import Subject, add_arguments, open_subject

@@ -60,7 +60,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     for axis, key, name in zip(axes, ("auc", "tpr@1%"), ("AUC", "TPR@1%FPR"), strict=True):
         for mode, group in table.groupby(table["mode"].str.split().str[0]):
-            axis.plot(group["UNet"], group[f"{key} value"], "o-", label=mode.rstrip(","))
+            axis.plot(group["UNet"], group[f"{key} value"], "o-", label=str(mode).rstrip(","))
         axis.set(xlabel="UNet evaluations a prompt (log)", ylabel=name, xscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend()

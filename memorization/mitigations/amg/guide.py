@@ -108,6 +108,7 @@ class AntiMemorization:
         """eps(x_t, y_N) - eps_u of the chosen rows."""
         captions = [self.nearest.index.captions[i] for i in neighbours[chosen, 0].tolist()]
         places = rows[chosen]
+        assert self.caption_eps is not None  # dup needs it
         return self.caption_eps(point.latents[places], point.timestep, captions) - point.uncond[places]
 
 

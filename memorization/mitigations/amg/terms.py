@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import yaml
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from memorization.errors import InputError
 from memorization.paths import CONFIGS
+from memorization.settings import Count, NotNegative, make
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class Terms:
 
     gate_start: float
     gate_end: float
-    gate_decay: float
-    c1: float
-    c2: float
-    c3: float
+    gate_decay: NotNegative
+    c1: NotNegative
+    c2: NotNegative
+    c3: NotNegative
     ungated_spe: bool = False
     relative_dup: bool = False  # c2 counts in units of s0 - s1 - 1
-    min_captions: int = 1
-    sim_above: float | str | None = None  # the weight is c3 times the excess over this, or over the "gate"
+    min_captions: Count = 1
+    sim_above: float | Literal["gate"] | None = None  # the weight is c3 times the excess over this, or over the "gate"
     sim_rate: float = 0.0  # by which its logarithm grows a timestep
 
     def gate(self, t: float) -> float:
@@ -45,7 +47,7 @@ class Terms:
         """The factor of s * grad sigma; ``excess``: how far sigma lies above the gate."""
         factor = torch.ones_like(sigma)
         if self.sim_above is not None:
-            factor = excess if self.sim_above == "gate" else (sigma - self.sim_above).clamp_min(0)
+            factor = excess if isinstance(self.sim_above, str) else (sigma - self.sim_above).clamp_min(0)
         return self.c3 * math.exp(self.sim_rate * (1000 - t)) * factor
 
 
@@ -67,7 +69,7 @@ def find_terms(preset: str, measure: str, strength: float = 1.0, **changed: floa
     if measure not in presets.get(preset, {}):
         known = ", ".join(name for name, measures in presets.items() if measure in measures)
         raise InputError(f"amg: no preset {preset!r} for {measure}; there are: {known}")
-    terms = Terms(**presets[preset][measure])
+    terms = make(Terms, presets[preset][measure], f"amg: preset {preset}")
     terms = replace(terms, **{name: value for name, value in changed.items() if value is not None})
     if measure == "nl2":
 
