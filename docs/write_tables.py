@@ -142,6 +142,8 @@ def league() -> str:
             lines = {model: found(runs[model][run], name, n) for model in MODELS}
             if all(lines.values()):
                 rows.append(_league_row(name, n, every["costs"].get(name), lines))
+    if rows and "all" in every["costs"]:
+        rows.append(dict.fromkeys(rows[0], "-") | _league_row("all of them together", 1, every["costs"]["all"], {}))
     return rows_as_table(rows)
 
 
