@@ -47,7 +47,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="a name (python -m memorization models lists them), a YAML file of your own, a folder, or a hub id"),
     "--prompts": dict(type=Path, metavar="FILE",
         help=".txt, .csv or .jsonl (column prompt or caption; optional label, family); default: the model's own list"),
-    "--noises": dict(type=value(Count), metavar="N", help="a prompt (default: %(default)s)"),
+    "--noises": dict(type=value(Count), metavar="N", help="noises a prompt (default: %(default)s)"),
     "--seed": dict(type=value(Seed), default=51,
         help="of the noise (default: %(default)s, that of the anisotropy paper's code)"),
     "--steps": dict(type=value(Steps), default=50,

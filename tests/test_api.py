@@ -60,6 +60,15 @@ def test_mitigation_gives_pictures_and_tensors(model, tmp_path, monkeypatch):
     assert (kept.after == result.after).all() and (tmp_path / "run" / "images").is_dir()
 
 
+def test_a_yaml_file_of_ones_own(model, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"ids: ['{GOLDEN / 'tiny-eps'}']\ndtype: float32\nsettings: {{detectors: {{anisotropy: {{norm_weight: 3}}}}}}\n"
+    )
+    mine, plain = (mem.score(m, ["a kite"], detectors=["anisotropy"]) for m in (mem.load(path, device="cpu"), model))
+    assert mine["norm"].tolist() == plain["norm"].tolist() and mine["anisotropy"][0] != plain["anisotropy"][0]
+
+
 def test_what_makes_no_sense_is_said(model):
     for call, said in (
         (lambda: mem.load("no-such-model"), "no-such-model"),
@@ -68,6 +77,7 @@ def test_what_makes_no_sense_is_said(model):
         (lambda: mem.score(model, ["a"], noises=0), "noises = 0 is no whole number of at least 1"),
         (lambda: mem.score(model, ["a"], step=3), "scoring has no setting 'step'"),
         (lambda: mem.score(model, ["a"], detectors=["magic"]), "unknown detector magic"),
+        (lambda: mem.score(model, ["a"], sequential=True), "there are no bands for anisotropy"),
         (lambda: mem.mitigate(model, ["a"], "sail"), r"no level 0\.5 of noise_norm"),
         (lambda: mem.mitigate(model, ["a"], "cwr", threshold=1e9), "nothing to mitigate"),
         (lambda: mem.mitigate(model, ["a"], "cwr", index="x"), "--index is for amg, not cwr"),

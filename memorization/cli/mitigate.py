@@ -39,7 +39,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         help="score from which on a prompt is mitigated (default: the calibrated one)")
     add("--all", action="store_true", help="mitigate every prompt, whatever its score")
     add("--limit", type=value(Count), metavar="N", help="the first N of these prompts")
-    add_flags(parser, "--noises", help="a prompt (default: as calibrated, else 4)")
+    add_flags(parser, "--noises", help="noises a prompt (default: as calibrated, else 4)")
     add_flags(parser, "--seed", "--steps", "--guidance-scale", "--clip", "--sscd", "--dtype", "--device",
         "--batch-size")
     add_flags(parser, "--out", help="default: results/local/mitigated/<model>/<method>")

@@ -81,7 +81,8 @@ class Calibration:
             InputError: it has none.
         """
         if name not in self.detectors or not self.detectors[name].bands:
-            raise InputError(f"{self.path}: has no bands for {name}; detect_eval.py --calibrate makes them")
+            where = f"{self.path} has" if self.path else "there are"
+            raise InputError(f"{where} no bands for {name}; detect_eval.py --calibrate makes them, with 8 noises")
         return {n: (low, high) for n, (low, high) in self.detectors[name].bands.items()}
 
     def check(self, asked: Mapping[str, Any], settings: Mapping[str, Mapping] | None = None) -> None:

@@ -11,10 +11,8 @@ import torch
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.pictures import read_picture, to_tensor
 from memorization.similarity.clip import Clip
-from memorization.similarity.nl2 import normalized_l2
+from memorization.similarity.nl2 import NEIGHBOURS, normalized_l2
 from memorization.similarity.sscd import SSCD, find_weights
-
-NEIGHBOURS = 50  # of the normalised l2
 
 
 class Judge:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEIGHBOURS, ALPHA = 50, 0.5  # k and alpha
 CHUNK = 2**24  # numbers of the training pictures that are in double precision at once
 
 
@@ -26,8 +27,12 @@ def l2(pictures: Tensor, training: Tensor) -> Tensor:
     return (torch.cat(chunks, dim=1) / (2 * left.shape[1] ** 0.5)).float()
 
 
-def normalized_l2(pictures: Tensor, training: Tensor, k: int = 50, alpha: float = 0.5) -> Tensor:
+def normalized_l2(pictures: Tensor, training: Tensor, k: int = NEIGHBOURS, alpha: float = ALPHA) -> Tensor:
     """nL2 of every picture to every training picture, ``(pictures, training)``, at least 0."""
     distance = l2(pictures, training)
-    nearest = distance.topk(min(k, len(training)), largest=False).values.mean(dim=1, keepdim=True)
-    return distance / (alpha * nearest).clamp_min(1e-12)
+    return normalized(distance, distance.topk(min(k, len(training)), largest=False).values, alpha)
+
+
+def normalized(distance: Tensor, nearest: Tensor, alpha: float = ALPHA) -> Tensor:
+    """The formula: ``distance (n, m)`` by ``alpha`` times the mean of the distances ``nearest (n, k)``."""
+    return distance / (alpha * nearest.mean(dim=1, keepdim=True)).clamp_min(1e-12)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memorization.index.kinds import SIZED
 from memorization.index.store import Index
+from memorization.similarity.nl2 import ALPHA, NEIGHBOURS, normalized
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Nearest:
     """Nearness to the pictures of ``index``."""
 
     index: Index
-    k: int = 50
-    alpha: float = 0.5
+    k: int = NEIGHBOURS
+    alpha: float = ALPHA
 
     @property
     def measure(self) -> str:
@@ -44,4 +45,4 @@ class Nearest:
             return (features * self.index.vectors(rows[:, 0].tolist()).to(features)).sum(1)
         z = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
         distance = (features[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
-        return -distance[:, 0] / (self.alpha * distance.mean(1))
+        return -normalized(distance[:, :1], distance, self.alpha)[:, 0]
