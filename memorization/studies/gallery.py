@@ -13,6 +13,7 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.io.files import read_lines
 from memorization.io.pictures import read_picture
+from memorization.paths import safe_name
 from memorization.runs.store import ResultStore
 
 
@@ -41,7 +42,7 @@ class Gallery:
             return
         if not self.store.started:
             self.store.start()
-        (self.store.folder / row).mkdir(exist_ok=True)
+        self._path(row, 0).parent.mkdir(exist_ok=True)
         first = sum(sizes)
         for size, make in tqdm(batches[len(sizes) :], desc=row, unit="batch", initial=len(sizes), total=len(batches)):
             started = time.perf_counter()
@@ -56,7 +57,7 @@ class Gallery:
             self.store.append([{"id": self.store.done, "row": row, "pictures": size, "seconds": seconds}])
 
     def _path(self, row: str, number: int) -> Path:
-        return self.store.folder / row / f"{number:05d}.png"
+        return self.store.folder / safe_name(row) / f"{number:05d}.png"
 
     def batches(self, row: str) -> Iterator[np.ndarray]:
         """The pictures of ``row``, a batch at a time."""

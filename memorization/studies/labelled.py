@@ -15,7 +15,7 @@ from memorization.flags import add_flags
 from memorization.io.prompts import read_prompts
 from memorization.models.loading import load_model, revision_of
 from memorization.models.spec import ModelSpec, find_model
-from memorization.paths import ROOT
+from memorization.paths import ROOT, safe_name
 
 
 class Subject(NamedTuple):
@@ -58,5 +58,5 @@ def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False
         "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),
         "split": args.split, "seed": args.seed, "dtype": model.dtype,
     }  # fmt: skip
-    out = args.out or ROOT / "results" / "studies" / study / f"{spec.name}-{args.split}"
+    out = args.out or ROOT / "results" / "studies" / study / safe_name(f"{spec.name}-{args.split}")
     return Subject(spec, model.pipe, frame, settings, out)
