@@ -53,7 +53,11 @@ def rows_as_table(rows: list[dict]) -> str:
     if not rows:
         return "(not run yet)\n"
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
+    lines = [
+        [column.strip() for column in columns],
+        ["---"] * len(columns),
+        *([str(row[column]) for column in columns] for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
 
 

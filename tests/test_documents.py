@@ -6,6 +6,9 @@ import pytest
 from conftest import GOLDEN
 from write_tables import documents, filled
 
+from memorization.detectors.base import DETECTORS
+from memorization.mitigations.base import MITIGATIONS
+
 ROOT = GOLDEN.parent.parent
 DOCUMENTS = documents()
 
@@ -42,6 +45,16 @@ def test_links_lead_to_files_and_headings(document):
         if heading:
             titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("kind", ["detectors", "mitigations"])
+def test_every_method_is_in_the_documents(kind):
+    methods = {"detectors": DETECTORS, "mitigations": MITIGATIONS}[kind]
+    text = (ROOT / "docs" / f"{kind}.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    built_in = [name for name in methods if methods[name].__module__.startswith("memorization.")]
+    assert built_in and all((f"## {name}\n" in text or f"| `{name}` |" in text) for name in built_in)
+    assert all(f"`{name}`" in readme for name in built_in)
 
 
 def test_readme_is_read_in_three_minutes():
