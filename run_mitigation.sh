@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compare every mitigation at five strengths on the memorized prompts of the testbeds: table and trade-off curve.
+# Compare every mitigation at five strengths on the memorized prompts of the testbeds: table, trade-off curve,
+# contact sheet.
 #
 #   bash run_mitigation.sh                                  both testbeds (about 45 minutes each on two cores)
 #   bash run_mitigation.sh testbed-eps                      one of them

@@ -290,7 +290,7 @@ def p_laplace() -> str:
 def mitigations(model: str) -> str:
     """Every method at its default strength; lowest share of copies at 90% of the text alignment first."""
     from memorization.mitigations.base import MITIGATIONS, make_mitigation
-    from memorization.studies.mitigation_tradeoff import at_equal_alignment
+    from memorization.studies.compare_report import at_equal_alignment
 
     frame = pd.read_csv(RESULTS / "mitigation" / model / "table.csv", keep_default_na=True)
     equal = at_equal_alignment(frame)
@@ -310,7 +310,8 @@ def _mitigation_row(line: pd.Series, strength: str) -> dict:
 
     plain = line["method"] == "none"
     return {
-        "method": line["method"], "strength": strength, "copies": cell("copies"), "CLIP": cell("clip"),
+        "method": line["method"], "strength": strength, "copies": cell("copies"),
+        "copies by SSCD": cell("copies by sscd"), "CLIP": cell("clip"),
         "nL2 < 1.4": number(line["nl2 < 1.4"], 2), "nL2 top 5%": number(line["nl2 5%"], 2),
         "SSCD top 5%": number(line["sscd top 5%"], 2), "SSCD top 1": number(line["sscd highest"], 2),
         "ordinary: CLIP": "-" if plain else signed(line["ordinary: clip change"]),

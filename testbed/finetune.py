@@ -38,7 +38,7 @@ from memorization.models.loading import load_pipeline
 from memorization.models.spec import ModelSpec, find_model
 from memorization.paths import ROOT
 from memorization.similarity.clip import Clip
-from memorization.similarity.judge import Judge
+from memorization.similarity.judge import Judge, TrainingPictures, is_copy
 from testbed import data
 from testbed.fit import fit
 from testbed.train import (
@@ -207,13 +207,15 @@ def replication(folder: Path, listed: pd.DataFrame, pictures: list[str]) -> tupl
     spec = find_model("testbed-eps")
     pipe = load(folder, pictures=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    judge = Judge([ROOT / image for image in pictures], (64, 64), Clip(spec.clip))
+    known = TrainingPictures.read([ROOT / image for image in pictures], (64, 64))
+    judge = Judge(known, Clip(spec.clip))
     found, first = [], []
     for start in tqdm(range(0, len(listed), CAPTIONS_AT_ONCE), desc=f"verify {folder.parent.name}/{folder.name}"):
         batch = listed.iloc[start : start + CAPTIONS_AT_ONCE]
         for row, made in zip(batch.itertuples(), generate(pipe, batch["prompt"].tolist()), strict=True):
             values = judge(made, row.prompt, ROOT / row.image if row.image else None)
-            copies = np.mean(np.array(values["nl2"]) < spec.copy_limits["nl2"]) if row.image else np.nan
+            copied = is_copy("nl2", np.array(values["nl2"]), spec.copy_limits["nl2"])
+            copies = copied.mean() if row.image else np.nan
             found.append({"kind": row.kind, "copies": copies, "clip": np.mean(values["clip"])})
             first.append(made[0])
     return pd.DataFrame(found), first

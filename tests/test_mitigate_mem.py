@@ -15,7 +15,7 @@ from memorization.cli.mitigate import marked
 from memorization.errors import InputError
 from memorization.io.prompts import read_prompts
 from memorization.similarity import judge
-from memorization.studies import amg, mitigation_tradeoff
+from memorization.studies import amg, compare_report, mitigation_tradeoff
 
 ROOT = GOLDEN.parent.parent
 
@@ -141,7 +141,7 @@ def test_comparison(run_script, tmp_path, capsys):
               "--resamples", 100, "--out", out)  # fmt: skip
     run_script(mitigation_tradeoff, *common)
     table = pd.read_csv(out / "table.csv")
-    assert table["method"].tolist() == ["none"] + ["gni"] * 5
+    assert table["method"].tolist() == ["none"] + ["gni"] * 5 and table["row"][1] == "gni 0.1"
     assert table["copies"].between(0, 1).all() and (table["copies low"] <= table["copies high"]).all()
     moved = table[table["method"] == "gni"]["ordinary: picture change"].to_numpy()
     assert moved[0] < moved[-1]
@@ -149,7 +149,7 @@ def test_comparison(run_script, tmp_path, capsys):
     before = scores.read_bytes()
     scores.write_bytes(before[: len(before) // 2])
     run_script(mitigation_tradeoff, *common)
-    assert len(scores.read_text().splitlines()) == 5 * 2 and (out / "tradeoff.png").exists()
+    assert len(scores.read_text().splitlines()) == 6 * 2 and (out / "tradeoff.png").exists()
 
 
 def test_equal_alignment_is_read_off_the_curve():
@@ -157,29 +157,27 @@ def test_equal_alignment_is_read_off_the_curve():
         "method": ["none", "mild", "mild", "harsh", "harsh", "weak"],
         "clip": [1.0, 0.95, 0.85, 0.8, 0.5, 0.95], "copies": [1.0, 0.6, 0.2, 0.5, 0.0, 0.9],
     })  # fmt: skip
-    found = mitigation_tradeoff.at_equal_alignment(table, 0.9).set_index("method").iloc[:, 0]
+    found = compare_report.at_equal_alignment(table, 0.9).set_index("method").iloc[:, 0]
     assert found.index.tolist() == ["mild", "harsh", "weak"]
     assert found.tolist() == pytest.approx([0.4, 0.75, 0.9])  # the last keeps more, so its own share counts
 
 
 def test_tables_of_amg(run_script, tmp_path, monkeypatch, capsys):
     out = tmp_path / "study"
-    monkeypatch.setattr(amg, "find_weights", lambda: None)
     monkeypatch.setattr(amg, "GUIDANCES", ("sim",))
     monkeypatch.setattr(amg, "PERTURBATIONS", ("gni",))
     command = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--images", 2, "--steps", 4, "--out", out,
                "--ablated", ROOT / "testbed/models/testbed-v")  # fmt: skip
     run_script(amg, *command)
     rows = pd.read_csv(out / "table.csv").set_index("row")
-    assert list(rows.index) == ["base", "gni", "amg main", "amg strong", "sim", *amg.gates("nl2"), "ablation"]
-    assert rows.loc["amg main", "nl2 top 1"] > rows.loc["base", "nl2 top 1"]
-    assert rows.loc["no gate", "ordinary: moved"] > rows.loc["amg main", "ordinary: moved"]
-    values = pd.read_csv(out / "values.csv")
-    assert len(values) == 4 * len(rows)
-    assert values[(values["row"] == "sim") & values["memorized"]]["nl2"].min() == pytest.approx(
-        rows.loc["sim", "nl2 top 1"], abs=1e-3
-    )
-    assert (rows["Frechet"] > 0).all() and capsys.readouterr().out.count("| base") == 2
+    assert list(rows.index) == ["none", "gni", "amg main", "amg strong", "sim", *amg.gates("nl2"), "ablation"]
+    assert rows.loc["amg main", "nl2 lowest"] > rows.loc["none", "nl2 lowest"]
+    assert rows.loc["no gate", "ordinary: picture change"] > rows.loc["amg main", "ordinary: picture change"]
+    values = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(values) == 2 * len(rows) and all(len(line["nl2"]) == 2 for line in values)
+    nearest = min(min(line["nl2"]) for line in values if line["row"] == "sim" and line["label"] == 1)
+    assert nearest == pytest.approx(rows.loc["sim", "nl2 lowest"], abs=1e-3)
+    assert (rows["Frechet"] > 0).all() and capsys.readouterr().out.count("| none ") == 4  # row and method, two tables
     assert (out / "trajectory.png").stat().st_size > 1000 and (out / "sheet.png").stat().st_size > 1000
 
 

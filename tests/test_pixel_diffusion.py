@@ -1,7 +1,5 @@
 """Sampling in pixel space: no batch matters, a closed gate changes nothing, an open one keeps away from the index."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,10 +13,9 @@ from memorization.index.store import Index
 from memorization.io.pictures import to_bytes
 from memorization.mitigations.amg import AMG
 from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
-from memorization.runs.store import ResultStore
 from memorization.similarity.nl2 import normalized_l2
 from memorization.studies import amg_pixel
-from memorization.studies.gallery import Gallery
+from memorization.studies.amg import gates
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +75,22 @@ def test_comparison_in_pixel_space(model, run_script, tmp_path, capsys):
                "--preset", "paper-main", "--out", out)  # fmt: skip
     run_script(amg_pixel, *command)
     table = pd.read_csv(out / "table.csv").set_index("row")
-    assert list(table.index) == list(amg_pixel.variants("nl2")) and (out / "sheet.png").stat().st_size > 1000
-    assert (out / "no gate" / "00000.png").read_bytes() != (out / "base" / "00000.png").read_bytes()
-    assert table.loc["amg main", "nl2 top 1"] > table.loc["base", "nl2 top 1"] > 0
+    assert list(table.index) == ["none", "amg main", "amg strong", *gates("nl2")]
+    assert (out / "sheet.png").stat().st_size > 1000
+    assert (out / "no gate" / "0000-0.png").read_bytes() != (out / "none" / "0000-0.png").read_bytes()
+    assert table.loc["amg main", "nl2 lowest"] > table.loc["none", "nl2 lowest"] > 0 and "clip" not in table
     made = {path: path.read_bytes() for path in out.glob("*/*.png")}
     assert len(made) == 12 * len(table)
     lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
-    (out / "scores.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # as if it had been killed there
-    (out / "constant gate" / "00003.png").unlink()
+    (out / "scores.jsonl").write_text("".join(lines[:15]) + lines[15][:9])  # as if it had been killed there
+    (out / "constant gate" / "0003-0.png").unlink()
     run_script(amg_pixel, *command)
     assert {path: path.read_bytes() for path in out.glob("*/*.png")} == made
+    assert len((out / "scores.jsonl").read_text().splitlines()) == len(lines)
     with pytest.raises(InputError, match="other settings"):
         run_script(amg_pixel, *command, "--seed", 1)
-    settings = json.loads((out / "run.json").read_text())["settings"]
-    with ResultStore(out, settings, {}) as store, pytest.raises(InputError, match="in batches of other sizes"):
-        Gallery(store).fill("base", [(5, None), (7, None)])
+    with pytest.raises(InputError, match="holds a row 'amg main' of other settings"):
+        run_script(amg_pixel, *command[:-3], "paper-strong", *command[-2:])
 
 
 def test_what_is_no_model_is_refused(tmp_path):

@@ -15,8 +15,8 @@ from memorization.io.prompts import read_prompts
 from memorization.similarity import frechet, nl2, sscd
 from memorization.similarity.clip import Clip
 from memorization.similarity.frechet import frechet_distance
-from memorization.similarity.judge import Judge
-from memorization.similarity.nl2 import l2, normalized_l2
+from memorization.similarity.judge import Judge, TrainingPictures, is_copy
+from memorization.similarity.nl2 import l2, normalized_l2, normalized_l2_to_nearest
 
 ROOT = GOLDEN.parent.parent
 
@@ -122,13 +122,64 @@ def test_clip_score_knows_what_a_picture_shows():
         Clip(str(ROOT / "prompts"))
 
 
-def test_judge_measures_against_the_own_training_picture():
+@pytest.fixture(scope="module")
+def known():
+    """Sixty training pictures and their files."""
     paths = sorted((ROOT / "testbed" / "pictures").glob("*.png"))[:60]
-    judge = Judge(paths, (64, 64))
-    pictures = np.stack([read_picture(path, (64, 64)) for path in paths[:2]])
-    assert judge(pictures, "anything", paths[0])["nl2"][0] == 0 < judge(pictures, "anything", paths[0])["nl2"][1]
-    assert judge(pictures, "anything", None) == {}
-    assert Judge(paths[:49], (64, 64))(pictures, "anything", paths[0]) == {}  # too few neighbours
+    return TrainingPictures.read(paths, (64, 64))
+
+
+def test_judge_measures_against_the_own_training_picture_or_else_the_nearest(known):
+    judge, (first, second) = Judge(known), known.files[:2]
+    pictures = known.pictures[:2]
+    own = judge(pictures, "anything", first)["nl2"]
+    assert own[0] == 0 and own[1] > 0.5
+    table = normalized_l2(to_tensor(pictures), to_tensor(known.pictures))
+    assert own == pytest.approx(table[:, 0].tolist(), abs=1e-4)
+    assert judge(pictures)["nl2"] == [0, 0]
+    half = known.pictures[:1] // 2 + known.pictures[3:4] // 2
+    expected = normalized_l2(to_tensor(half), to_tensor(known.pictures)).min().item()
+    assert judge(half)["nl2"][0] == pytest.approx(expected, abs=1e-4)
+    assert (judge.training_picture(pictures[0]) == pictures[0]).all()
+    assert (judge.training_picture(pictures[0], second) == pictures[1]).all()
+
+
+def test_judge_leaves_out_what_it_lacks(known):
+    few = Judge(TrainingPictures(known.pictures[:49], known.files[:49]))
+    assert few(known.pictures[:2], "anything", known.files[0]) == {} and few.measures == []  # too few neighbours
+    assert Judge(TrainingPictures.read([], (64, 64)))(known.pictures[:2], "anything") == {}
+
+
+def test_judge_by_clip_knows_prompt_and_training_picture(known):
+    clip = Clip(str(ROOT / "testbed" / "models" / "clip"))
+    judge, pictures = Judge(known, clip), known.pictures[:3]
+    values = judge(pictures, "a picture of crab", known.files[1])
+    features = clip.pictures(known.pictures)
+    assert values["clip_image"] == pytest.approx((features[:3] @ features[1]).tolist(), abs=1e-4)
+    assert values["clip"] == pytest.approx((features[:3] @ clip.prompts(["a picture of crab"])[0]).tolist(), abs=1e-4)
+    assert judge(pictures)["clip_image"] == pytest.approx([1, 1, 1], abs=1e-3) and "clip" not in judge(pictures)
+    assert judge.measures == ["nl2", "clip_image", "clip"] and set(values) == set(judge.measures)
+
+
+def test_judge_takes_further_measures(known):
+    def length(pictures, prompt):
+        return [len(prompt) + i for i in range(len(pictures))]
+
+    judge = Judge(known, others={"length": length})
+    assert judge(known.pictures[:3], "four")["length"] == [4, 5, 6] and judge.description["others"] == ["length"]
+
+
+def test_a_copy_is_on_the_near_side():
+    assert is_copy("nl2", np.array([1.0, 1.5]), 1.4).tolist() == [True, False]
+    assert is_copy("sscd", np.array([0.6, 0.4]), 0.5).tolist() == [True, False]
+
+
+def test_nearness_to_the_nearest_is_that_of_the_table():
+    generator = torch.Generator().manual_seed(0)
+    training, picture = (torch.rand(n, 48, generator=generator, dtype=torch.float64) for n in (70, 3))
+    table = normalized_l2(picture, training)
+    neighbours = training[l2(picture, training).topk(50, largest=False).indices]
+    torch.testing.assert_close(normalized_l2_to_nearest(picture, neighbours).float(), table.min(1).values)
 
 
 def test_frechet_distance_of_folders(run_script, tmp_path, capsys):

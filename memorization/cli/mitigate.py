@@ -128,6 +128,7 @@ def summary(rows: list[dict], copy_limits: Mapping[str, float]) -> str:
 
     from memorization.detectors.base import SCORED_BY
     from memorization.io.tables import markdown
+    from memorization.similarity.judge import copies_title, is_copy
 
     found = []
     names = {"score": SCORED_BY, "nl2": "nL2 to the training picture", "sscd": "SSCD to it", "clip": "CLIP score"}
@@ -137,8 +138,7 @@ def summary(rows: list[dict], copy_limits: Mapping[str, float]) -> str:
             before, after = (np.concatenate([np.atleast_1d(pair[i]) for pair in pairs]) for i in (0, 1))
             found.append({"measure": name, "before": f"{before.mean():.3f}", "after": f"{after.mean():.3f}"})
             if key in copy_limits:
-                limit, low = copy_limits[key], key == "nl2"  # a distance; the others are similarities
-                shares = [f"{(v < limit if low else v > limit).mean():.1%}" for v in (before, after)]
-                title = f"pictures with {key} {'<' if low else '>'} {limit:g}"
+                shares = [f"{is_copy(key, values, copy_limits[key]).mean():.1%}" for values in (before, after)]
+                title = f"pictures with {copies_title(key, copy_limits[key])}"
                 found.append({"measure": title, "before": shares[0], "after": shares[1]})
     return markdown(pd.DataFrame(found))

@@ -53,11 +53,13 @@ def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple[f
     return float(reached), float(realised)
 
 
-def family_weights(families: np.ndarray, labels: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+def family_weights(families: np.ndarray, labels: np.ndarray | None, resamples: int, seed: int = 0) -> np.ndarray:
     """Bootstrap weights ``(resamples, rows)``: how often each row's family was drawn.
 
-    Families are drawn with replacement, as many as there are. A resample without both classes is drawn again.
-    ``labels`` holds both classes.
+    Families are drawn with replacement, as many as there are.
+
+    Args:
+        labels: of both classes; a resample without both is drawn again. None where classes do not matter.
     """
     rng = np.random.default_rng(seed)
     _, member = np.unique(families, return_inverse=True)
@@ -65,7 +67,7 @@ def family_weights(families: np.ndarray, labels: np.ndarray, resamples: int, see
     weights = []
     while len(weights) < resamples:
         drawn = np.bincount(rng.integers(count, size=count), minlength=count)[member]
-        if drawn[labels == 0].any() and drawn[labels == 1].any():
+        if labels is None or (drawn[labels == 0].any() and drawn[labels == 1].any()):
             weights.append(drawn)
     return np.array(weights)
 

@@ -19,7 +19,7 @@ from memorization.index.descriptors import Describe, descriptor
 from memorization.index.store import Index, items_of
 from memorization.io.files import LineFile, line_of, read_json, write_atomically
 from memorization.io.pictures import list_pictures, read_picture, to_tensor
-from memorization.io.prompts import read_prompts
+from memorization.io.prompts import find_picture, read_prompts
 from memorization.models.devices import pick_device
 from memorization.models.spec import ModelSpec
 from memorization.paths import ROOT, default_out, in_project
@@ -100,16 +100,11 @@ def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
     """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
     wanted = {}
     for item in items:
-        item = {**item, "file": in_project(_place(item["path"], source).resolve())}
+        place = find_picture(item["path"], source.parent) or source.parent / item["path"]
+        item = {**item, "file": in_project(place.resolve())}
         wanted.setdefault(item["file"], item)
     known = {in_project(Path(item["file"])) for item in done if "file" in item}
     return [item for file, item in wanted.items() if file not in known]
-
-
-def _place(name: str, source: Path) -> Path:
-    """Where a picture of ``source`` is: beside it, here, or in the project."""
-    places = [source.parent / name, Path(name), ROOT / name]
-    return next((place for place in places if place.is_file()), places[0])
 
 
 def own_index(spec: ModelSpec) -> Path:

@@ -23,6 +23,8 @@ from memorization.index.approximate import NAME, Candidates
 from memorization.index.descriptors import Describe, descriptor
 from memorization.index.kinds import SIZED
 from memorization.io.files import read_json, read_whole_lines
+from memorization.io.pictures import read_picture
+from memorization.paths import ROOT
 from memorization.similarity.nl2 import l2
 
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
@@ -95,6 +97,22 @@ class Index:
         """``rows`` as they are compared, float32: pixels in [-1, 1] or latents, flattened; or unit vectors."""
         found = torch.from_numpy(np.array(self.features[rows])).float()
         return found / 127.5 - 1 if self.kind == "pixels" else found
+
+    def pictures(self, size: tuple[int, int]) -> np.ndarray:
+        """The training pictures, uint8 ``(n, h, w, 3)`` of ``size`` (height, width).
+
+        An index of pixels holds them; others say where they lie.
+
+        Raises:
+            InputError: the index holds pixels of another size, or a file cannot be read.
+        """
+        if self.kind != "pixels":
+            return np.stack([read_picture(ROOT / file, size) for file in self.files])
+        if self.size != size:
+            raise InputError(
+                f"the index holds pictures of {self.size}, not of {size}: build it with --size {size[0]} {size[1]}"
+            )
+        return np.ascontiguousarray(np.reshape(self.features, (-1, 3, *size)).transpose(0, 2, 3, 1))
 
     def distance(self, queries: Tensor, vectors: Tensor) -> Tensor:
         """``(queries, vectors)``: root mean square difference / 2, or 1 - cosine for unit vectors."""

@@ -205,17 +205,19 @@ def _labels(path: Path, labels: pd.Series) -> pd.Series:
 
 
 def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
-    """The training picture of each row, by its column ``image``: beside the list or in the project.
+    """The training picture of each row, by its column ``image``.
 
     Raises:
         InputError: a file is not there.
     """
     names = frame["image"].fillna("").astype(str) if "image" in frame else [""] * len(frame)
-    found = []
-    for name in names:
-        places = [folder / name for folder in (listed.parent, ROOT)] if name else []
-        path = next((place for place in places if place.is_file()), None)
-        if name and path is None:
-            raise InputError(f"{listed}: training picture {name} is not there")
-        found.append(path)
+    found = [find_picture(name, listed.parent) if name else None for name in names]
+    if missing := [name for name, path in zip(names, found, strict=True) if name and path is None]:
+        raise InputError(f"{listed}: training picture {missing[0]} is not there")
     return found
+
+
+def find_picture(name: str, home: Path) -> Path | None:
+    """The file that a list in the folder ``home`` names: beside the list, here, or in the project."""
+    places = (home / name, Path(name), ROOT / name)
+    return next((place for place in places if place.is_file()), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline
 
 from local_sd_pipeline import PREDICTION_TYPES, LocalStableDiffusionPipeline
 from memorization.errors import InputError
@@ -138,7 +138,7 @@ def _why_not(identifier: str, local: bool, error: Exception) -> str:
     return f"{identifier}: no folder, and the hub does not give it ({type(error).__name__}: {text})"
 
 
-def revision_of(pipe: LocalStableDiffusionPipeline) -> str:
+def revision_of(pipe: DiffusionPipeline | DDPMPipeline) -> str:
     """What tells a checkpoint from its later versions: the hub's commit, or the sha256 of a folder's UNet files."""
     folder = Path(pipe.config["_name_or_path"])
     if folder.parent.name == "snapshots":

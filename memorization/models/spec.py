@@ -31,7 +31,7 @@ class ModelSpec(Checked):
         guidance_scale: of generations.
         calibration: file with its thresholds, written by detect_eval.py --calibrate.
         clip: the CLIP checkpoint that judges its pictures.
-        copy_limits: ``nl2`` -> value below which a picture counts as a copy; ``sscd`` -> above which.
+        copy_limits: measure of similarity/judge.py -> the value at which a picture counts as a copy; the first decides.
         reference: folder of an index of pixels: how pictures of this kind look, for Frechet distances.
     """
 

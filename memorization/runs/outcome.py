@@ -100,20 +100,13 @@ class Outcome(NamedTuple):
         ]  # fmt: skip
 
 
-def mitigate(
-    case: Case, mitigation: Mitigation, judge: Judge, training: Sequence[Path | None], before: Side | None = None
-) -> Outcome:
-    """Find the remedy, generate with and without it from the same noise (unless it is other noise), and measure.
-
-    Args:
-        before: the side without it, where it is known.
-    """
+def mitigate(case: Case, mitigation: Mitigation, judge: Judge, training: Sequence[Path | None]) -> Outcome:
+    """Find the remedy, generate with and without it from the same noise (unless it is other noise), and measure."""
     started = time.perf_counter()
     try:
         remedy = mitigation(case)
         seconds = (time.perf_counter() - started) / len(case.prompts)
-        if before is None:
-            before = side(case, Remedy.unchanged(case), judge, training)
+        before = side(case, Remedy.unchanged(case), judge, training)
         after = side(case, remedy, judge, training)
     except FloatingPointError as error:
         raise InputError(f"{mitigation.name}: {error}; try --dtype float32") from None

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from memorization.errors import InputError
 from memorization.flags import ArgumentParser, run_script
-from memorization.io.pictures import SUFFIXES, list_pictures, read_picture
+from memorization.io.pictures import SUFFIXES, list_pictures, read_picture, to_bytes, to_tensor
 from memorization.similarity.clip import Clip
 from memorization.similarity.sscd import SSCD
 
@@ -41,7 +43,28 @@ def frechet_distance(left: np.ndarray, right: np.ndarray) -> float:
     return float(max(0.0, means + np.trace(first) + np.trace(second) - 2 * cross))
 
 
-def features_of(folder: Path, embed: Callable[[np.ndarray], Any]) -> np.ndarray:
+class Reference:
+    """Frechet distance, on the features of ``clip``, to pictures as they should look, uint8 ``(n, h, w, 3)``.
+
+    Pictures are brought to the size of these first, so that both sides are about as sharp.
+    """
+
+    def __init__(self, pictures: np.ndarray, clip: Clip) -> None:
+        self.pictures, self.clip, self.size = pictures, clip, pictures.shape[1:3]
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """Of the reference, made when it is first compared with."""
+        return self.clip.pictures(self.pictures).numpy()
+
+    def distance(self, pictures: np.ndarray) -> float:
+        """Of uint8 ``(n, h, w, 3)``, at least two."""
+        if pictures.shape[1:3] != self.size:
+            pictures = to_bytes(interpolate(to_tensor(pictures), self.size, mode="bicubic", antialias=True))
+        return frechet_distance(self.clip.pictures(pictures).numpy(), self.features)
+
+
+def features_of(folder: Path, embed: Callable[[np.ndarray], np.ndarray | Tensor]) -> np.ndarray:
     """Features ``(n, width)`` of the pictures of a folder, read one at a time."""
     paths = list_pictures(folder)["image"]
     return np.concatenate(

@@ -1,4 +1,4 @@
-"""Normalised pixel l2 of AMG (Chen, Liu, Xu, CVPR 2024, arXiv 2404.00922, eq. 8).
+"""Normalised l2 of AMG (Chen, Liu, Xu, CVPR 2024, arXiv 2404.00922, eq. 8), the one place that computes it.
 
     nL2(x, n) = l2(x, n) / (alpha * mean of l2(x, z) over the k training pictures z nearest to x),  k = 50, alpha = .5
 
@@ -31,6 +31,16 @@ def normalized_l2(pictures: Tensor, training: Tensor, k: int = NEIGHBOURS, alpha
     """nL2 of every picture to every training picture, ``(pictures, training)``, at least 0."""
     distance = l2(pictures, training)
     return normalized(distance, distance.topk(min(k, len(training)), largest=False).values, alpha)
+
+
+def normalized_l2_to_nearest(pictures: Tensor, neighbours: Tensor, alpha: float = ALPHA) -> Tensor:
+    """nL2 of every picture ``(n, width)`` to the first of its own ``neighbours (n, k, width)``; differentiable.
+
+    The neighbours are its nearest training pictures, nearest first, and held constant.
+    """
+    square = (pictures[:, None] - neighbours).square().mean(2)
+    distance = square.clamp_min(1e-12).sqrt() / 2  # a root has no gradient at 0
+    return normalized(distance[:, :1], distance, alpha)[:, 0]
 
 
 def normalized(distance: Tensor, nearest: Tensor, alpha: float = ALPHA) -> Tensor:

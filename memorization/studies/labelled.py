@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.detectors.base import Detector
 from memorization.errors import InputError
 from memorization.flags import add_flags
 from memorization.io.prompts import read_prompts
 from memorization.models.loading import load_model, revision_of
 from memorization.models.spec import ModelSpec, find_model
 from memorization.paths import ROOT, safe_name
+from memorization.runs.detect import run_detection
+from memorization.runs.memory import default_batch_size
+from memorization.runs.scorer import Scorer
+from memorization.runs.store import ResultStore
 
 
 class Subject(NamedTuple):
-    """A model, a labelled list, and what the study's results depend on."""
+    """A model, a labelled list (its file, and the chosen rows), and what the study's results depend on."""
 
     spec: ModelSpec
     pipe: LocalStableDiffusionPipeline
+    listed: Path
     frame: pd.DataFrame
     settings: dict
     out: Path
@@ -59,4 +67,29 @@ def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False
         "split": args.split, "seed": args.seed, "dtype": model.dtype,
     }  # fmt: skip
     out = args.out or ROOT / "results" / "studies" / study / safe_name(f"{spec.name}-{args.split}")
-    return Subject(spec, model.pipe, frame, settings, out)
+    return Subject(spec, model.pipe, path, frame, settings, out)
+
+
+def scored(
+    subject: Subject,
+    detectors: Sequence[Detector],
+    frame: pd.DataFrame,
+    settings: Mapping[str, object],
+    *,
+    noises: int = 1,
+    steps: int = 50,
+) -> list[dict]:
+    """The lines of a study's own detectors on the prompts of ``frame``, in the study's folder, from where it stopped.
+
+    Args:
+        settings: what the lines depend on, beside what the subject's do.
+        noises: a prompt.
+        steps: of the DDIM grid.
+    """
+    scale = subject.spec.guidance_scale
+    settings = {**subject.settings, **settings, "guidance_scale": scale}
+    scorer = partial(Scorer, subject.pipe, detectors, noises=noises, seed=subject.settings["seed"], steps=steps,
+                     guidance_scale=scale)  # fmt: skip
+    with ResultStore(subject.out, settings, {}) as store:
+        run_detection(scorer, frame, store, batch_size=default_batch_size(subject.pipe))
+        return store.rows

@@ -22,12 +22,8 @@ from memorization.detectors.base import ImageDetector
 from memorization.detectors.laplacian import boundary_samples, random_directions
 from memorization.flags import ArgumentParser, Arguments, run_script
 from memorization.io.figures import save_figure
-from memorization.io.files import read_lines, write_atomically
-from memorization.runs.detect import run_detection
-from memorization.runs.memory import default_batch_size
-from memorization.runs.scorer import Scorer
-from memorization.runs.store import ResultStore
-from memorization.studies.labelled import add_arguments, open_subject
+from memorization.io.files import write_atomically
+from memorization.studies.labelled import add_arguments, open_subject, scored
 
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
 POINTS = (4, 16, 64)
@@ -103,16 +99,8 @@ def main(arguments: Arguments = None) -> None:
     if args.each < 1 or not all(0 < t < 1000 for t in args.timesteps):
         parser.error("--each is at least 1, --timesteps lie between 1 and 999")
     subject = open_subject(args, "p_laplace_sweep")
-    settings = {**subject.settings, "each": args.each, "timesteps": args.timesteps,
-                "guidance_scale": subject.spec.guidance_scale}  # fmt: skip
-    with ResultStore(subject.out, settings, {}) as store:
-        sweep = PLaplaceSweep(tuple(args.timesteps))
-        scorer = partial(
-            Scorer, subject.pipe, [sweep], noises=1, seed=args.seed, steps=50,
-            guidance_scale=subject.spec.guidance_scale,
-        )  # fmt: skip
-        run_detection(scorer, balanced(subject.frame, args.each), store, batch_size=default_batch_size(subject.pipe))
-        rows, _ = read_lines(store.scores)
+    settings = {"each": args.each, "timesteps": args.timesteps}
+    rows = scored(subject, [PLaplaceSweep(tuple(args.timesteps))], balanced(subject.frame, args.each), settings)
     table = table_of(rows)
     shown = table.pivot_table(index=["prompt", "p", "N"], columns="t", values="auc")
     print(f"AUC, {len(rows)} generated pictures; N UNet evaluations with the prompt, N without\n{shown.round(3)}")

@@ -8,7 +8,6 @@ says: norms separate at high noise and angles at low noise. A killed study goes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,12 +22,8 @@ from memorization.detectors.features import FEATURES, features
 from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
 from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
 from memorization.io.figures import save_figure
-from memorization.io.files import read_lines, write_atomically
-from memorization.runs.detect import run_detection
-from memorization.runs.memory import default_batch_size
-from memorization.runs.scorer import Scorer
-from memorization.runs.store import ResultStore
-from memorization.studies.labelled import Subject, add_arguments, open_subject
+from memorization.io.files import write_atomically
+from memorization.studies.labelled import Subject, add_arguments, open_subject, scored
 
 
 @dataclass(frozen=True)
@@ -102,21 +97,12 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
 
 def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     """The lines of the store, and place -> timestep."""
-    pipe = subject.pipe
-    grid = pipe.detection_timesteps()
+    grid = subject.pipe.detection_timesteps()
     places = tuple(sorted({*range(0, len(grid), args.every), len(grid) - 3, len(grid) - 1}))
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
-    settings = {
-        **subject.settings, "places": list(places), "generation": not args.no_generation,
-        "num_images": args.noises, "guidance_scale": subject.spec.guidance_scale,
-    }  # fmt: skip
-    with ResultStore(subject.out, settings, {}) as store:
-        scorer = partial(
-            Scorer, pipe, detectors, noises=args.noises, seed=args.seed, steps=len(grid),
-            guidance_scale=subject.spec.guidance_scale,
-        )  # fmt: skip
-        run_detection(scorer, subject.frame, store, batch_size=default_batch_size(pipe))
-        return read_lines(store.scores)[0], {place: grid[place] for place in places}
+    settings = {"places": list(places), "generation": not args.no_generation, "num_images": args.noises}
+    rows = scored(subject, detectors, subject.frame, settings, noises=args.noises, steps=len(grid))
+    return rows, {place: grid[place] for place in places}
 
 
 def main(arguments: Arguments = None) -> None:

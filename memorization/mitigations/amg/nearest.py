@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memorization.index.kinds import SIZED
 from memorization.index.store import Index
-from memorization.similarity.nl2 import ALPHA, NEIGHBOURS, normalized
+from memorization.similarity.nl2 import NEIGHBOURS, normalized_l2_to_nearest
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Nearest:
 
     index: Index
     k: int = NEIGHBOURS
-    alpha: float = ALPHA
 
     @property
     def measure(self) -> str:
@@ -43,6 +42,5 @@ class Nearest:
         """sigma ``(n,)`` of ``features``, and the rows of their neighbours; differentiable."""
         if self.measure != "nl2":
             return (features * self.index.vectors(rows[:, 0].tolist()).to(features)).sum(1)
-        z = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
-        distance = (features[:, None] - z).square().mean(2).clamp_min(1e-12).sqrt()  # l2 * 2; the factor cancels
-        return -normalized(distance[:, :1], distance, self.alpha)[:, 0]
+        neighbours = self.index.vectors(rows.flatten().tolist()).to(features).unflatten(0, rows.shape)
+        return -normalized_l2_to_nearest(features, neighbours)
