@@ -85,7 +85,7 @@ def test_committed_scores_come_from_these_weights_and_this_code(model):
 def test_configured_weights_are_the_fitted_ones(model):
     fitted = yaml.safe_load((ROOT / "results" / "detection" / model / "main" / "calibration.yaml").read_text())
     settings = fitted["detectors"]["anisotropy"]["settings"]
-    configured = find_model(model).settings_of("detectors")["anisotropy"]
+    configured = find_model(model).settings["detectors"]["anisotropy"]
     assert {key: settings[key] for key in configured} == configured
 
 
