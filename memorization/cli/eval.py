@@ -15,12 +15,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
 
 from memorization.errors import InputError
-from memorization.flags import ArgumentParser, Arguments, value
+from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.paths import ROOT
-from memorization.settings import Bounds
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -30,17 +28,14 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     # fmt: off
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
     add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
-    add("--resamples", type=value(Annotated[int, Bounds(100)]), default=2000, metavar="N",
-        help="bootstrap resamples (default: %(default)s)")
+    add_flags(parser, "--resamples", default=2000)
     add("--weights", nargs=2, type=value(float), metavar=("NORM", "COSINE"),
         help="one more row: the sum of the two terms with these weights, as in --weights 1 2")
     add("--no-plots", action="store_true", help="draw no pictures")
     add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
-    add("--fpr", type=value(float), default=0.01, help="false positive rate of the thresholds (default: %(default)s)")
+    add_flags(parser, "--fpr")
     # fmt: on
     args = parser.parse_args(arguments)
-    if not 0 < args.fpr < 1:
-        parser.error("--fpr lies between 0 and 1")
     args.folders = args.runs or every_run()
     if not args.folders:
         raise InputError("no run under results/; start with: bash run_detection.sh")
