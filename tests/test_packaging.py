@@ -1,9 +1,12 @@
 """The wheel, installed: it scores a checkpoint from a folder that is not the project's."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,21 @@ def test_the_command_is_installed(site):
     environment = {**os.environ, "PYTHONPATH": str(site)}
     said = subprocess.run([site / "bin" / "memorization", "--version"], env=environment, capture_output=True, text=True)
     assert said.stdout.strip() == __version__
+
+
+def test_what_is_imported_is_named_among_the_dependencies(site):
+    (info,) = site.glob("*.dist-info")
+    required = re.findall(r"^Requires-Dist: ([\w-]+)", (info / "METADATA").read_text(), flags=re.MULTILINE)
+    named = {name.lower().replace("_", "-") for name in required}
+    imported = set()
+    for path in site.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.split(".")[0] for name in names}
+    ours = {path.stem for path in site.iterdir()}
+    providers = packages_distributions()
+    for name in sorted(imported - ours - set(sys.stdlib_module_names)):
+        found = {distribution(other).metadata["Name"].lower().replace("_", "-") for other in providers.get(name, [])}
+        not_installed = {name.replace("_", "-"), f"{name}-cpu"}  # of an extra
+        assert (found or not_installed) & named, name
