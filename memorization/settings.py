@@ -44,6 +44,7 @@ Share = Annotated[float, Bounds(0, 1, open=True)]
 Count = Annotated[int, Bounds(1)]
 Place = Annotated[int, Bounds(0)]
 Timestep = Annotated[int, Bounds(0, 999)]
+Resamples = Annotated[int, Bounds(100)]
 Steps = Annotated[int, Bounds(3, 500)]  # of a DDIM grid: detectors read its third last
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 

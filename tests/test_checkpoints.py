@@ -206,7 +206,8 @@ def weight_cases(kind: str, part: str, file: str, key: str) -> list[Case]:
         "an index without a map": (both(without(name), dumped(index, {})), "index.json: names no weights"),
         "an index of numbers": (both(without(name), dumped(index, {"weight_map": {key: 3}})), "only safetensors"),
         "an index that is a list": (both(without(name), dumped(index, [key])), "index.json: (damaged|holds no table)"),
-        "an index that is torn": (both(without(name), written(index, b'{"weight_map')), "index.json: (damaged|cannot be read)"),
+        "an index that is torn": (both(without(name), written(index, b'{"weight_map')),
+                                  "index.json: (damaged|cannot be read)"),
     }  # fmt: skip
     return [Case(kind, f"{part}{what}", damage, said) for what, (damage, said) in damages.items()]
 

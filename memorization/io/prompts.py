@@ -115,7 +115,7 @@ def listed(prompts: Sequence[str] | pd.DataFrame | str | Path) -> Listed:
 
 def with_families(frame: pd.DataFrame) -> pd.DataFrame:
     """A labelled list that names no families gets them, by near-copies."""
-    if "label" in frame and ("family" not in frame or not frame["family"].map(bool).all()):
+    if "label" in frame and ("family" not in frame or (frame["family"].isna() | (frame["family"] == "")).any()):
         frame["family"] = near_copy_families(frame["prompt"].tolist())
     return frame
 

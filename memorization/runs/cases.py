@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import SCORED_BY, PromptDetector, make_detectors
+from memorization.detectors.base import DETECTORS, SCORED_BY, PromptDetector, make_detectors
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration
 from memorization.mitigations.base import Levels, Mitigation
@@ -64,7 +64,7 @@ def scoring_detectors(
         InputError: a mitigation lowers what no single trace gives.
     """
     names = dict.fromkeys([SCORED_BY, *(mitigation.lowers for mitigation in mitigations if mitigation.lowers)])
-    settings = spec.settings_of("detectors")
+    settings = spec.settings_of("detectors", DETECTORS)
     for name, own in calibration.settings.items():
         settings[name] = {**settings.get(name, {}), **own}
     made = make_detectors(list(names), settings)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, make_detectors
+from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS
 from memorization.evaluation.calibration import Calibration
 from memorization.io.prompts import Listed
@@ -65,11 +66,14 @@ def configured_detectors(
         holds_for: what the calibration has to hold for, besides the settings.
 
     Raises:
-        InputError: there is none of a name or such a setting, or the calibration holds for something else.
+        InputError: there is none of a name or such a setting, settings are of another detector, or the calibration
+            holds for something else.
     """
     asked = {name: fitted(DETECTORS.find(name), values, name) for name, values in asked.items()}
+    if idle := [name for name in asked if not {name, "all"} & set(names)]:
+        raise InputError(f"settings of {idle[0]}, which is not among the detectors: {', '.join(names)}")
     calibration.check(holds_for, asked)
-    of_model = spec.settings_of("detectors")
+    of_model = spec.settings_of("detectors", DETECTORS)
     layers = (of_model, calibration.settings, asked)
     known = {name for layer in layers for name in layer}
     return make_detectors(

@@ -20,10 +20,10 @@ from torch import Tensor
 from memorization.detectors.base import GenerationDetector, PromptDetector
 from memorization.detectors.features import FEATURES, features
 from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
-from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
-from memorization.models.generation import detection_grid
+from memorization.settings import Count
 from memorization.studies.labelled import Subject, add_arguments, open_subject, scored
 
 
@@ -98,7 +98,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
 
 def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     """The lines of the store, and place -> timestep."""
-    grid = detection_grid(subject.pipe, 50)
+    grid = subject.pipe.detection_timesteps()
     places = tuple(sorted({*range(0, len(grid), args.every), len(grid) - 3, len(grid) - 1}))
     detectors = [NoiseSweep(places)] + ([] if args.no_generation else [GenerationSweep(places)])
     settings = {"places": list(places), "generation": not args.no_generation, "num_images": args.noises}
@@ -111,7 +111,12 @@ def main(arguments: Arguments = None) -> None:
     add_arguments(parser)
     add = parser.add_argument
     add_flags(parser, "--noises", default=1)
-    add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
+    add(
+        "--every",
+        type=value(Count),
+        default=5,
+        help="steps of the 50-step grid between two (default: %(default)s)",
+    )
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
     args = parser.parse_args(arguments)
     if args.every < 1:
