@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,7 @@ from memorization.index.store import Index
 from memorization.mitigations.case import Remedy
 from memorization.models.decoding import encode
 from memorization.models.generation import detection_grid
-from memorization.models.loading import load_autoencoder, load_pipeline
+from memorization.models.loading import load_autoencoder, load_pipeline, load_scheduler
 from memorization.models.pixel_diffusion import load_pixel_model, sample_pixels
 from memorization.models.spec import ModelSpec
 from memorization.runs.cases import Cases
@@ -419,6 +420,62 @@ def test_a_damaged_checkpoint_is_one_clear_line(case, damaged, shut):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_checkpoint_is_loaded(kind, damaged, shut):
     assert KINDS[kind].load(str(damaged(Case(kind, "", lambda folder: None, ""))))
+
+
+# Odd, but whole: what must load as ever. Old and other programs write such checkpoints.
+def old_attention(w: dict) -> dict:
+    """The autoencoder's attention as checkpoints of 2022 name it."""
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for key, value in w.items():
+        for new, old in names.items():
+            key = key.replace(new, old) if ".attentions." in key else key
+        renamed[key] = value
+    return renamed
+
+
+ODD = {
+    "half precision": weights(f"unet/{DIFFUSERS}", lambda w: {name: value.half() for name, value in w.items()}),
+    "shards": sharded(f"unet/{DIFFUSERS}", "diffusion_pytorch_model-00001-of-00001.safetensors"),
+    "shards of text": sharded(f"text_encoder/{TRANSFORMERS}", "model-00001-of-00001.safetensors"),
+    "positions": weights(f"text_encoder/{TRANSFORMERS}",
+                         lambda w: {**w, "text_model.embeddings.position_ids": torch.arange(77)[None]}),
+    "a whole CLIP": both(
+        weights(f"text_encoder/{TRANSFORMERS}", lambda w: {**w, "logit_scale": torch.ones([]),
+                "visual_projection.weight": torch.ones(2, 2), "vision_model.post_layernorm.bias": torch.ones(2)}),
+        edited(TEXT, model_type="clip")),
+    "old attention": weights(f"vae/{DIFFUSERS}", old_attention),
+    "a pickle beside it": lambda folder: torch.save({"weight": Canary()}, folder / "unet" / "extra.bin"),
+    "keys of other versions": both(
+        edited(UNET, dual_attention=False, mid_block_kind=None), edited(VAE, block_kind="a"),
+        edited(SCHEDULER, skip_prk_steps=True, solver_order=2), edited(TEXT, torch_dtype="float16")),
+    "attention of torch": both(edited(TEXT, _attn_implementation="eager")),
+    "another pipeline of the same parts": edited(INDEX, _class_name="StableDiffusionImg2ImgPipeline"),
+    "a fast tokenizer": edited(INDEX, tokenizer=["transformers", "CLIPTokenizerFast"]),
+    "a zero terminal signal": edited(SCHEDULER, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "latents that are no square": edited(UNET, sample_size=[16, 8]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_checkpoint_is_loaded(name, damaged, shut):
+    pipe = load_stable_diffusion(str(damaged(Case("pipeline", name, ODD[name], ""))))
+    whole = load_stable_diffusion(str(GOLDEN / "tiny-eps"))
+    for part in ("unet", "text_encoder", "vae"):
+        own, other = (getattr(one, part).state_dict() for one in (pipe, whole))
+        assert all(torch.allclose(own[key].float(), other[key], atol=1e-3) for key in other)
+
+
+# But for one of another family, and one that needs a package more.
+@pytest.mark.parametrize(
+    "name", sorted({kind.name for kind in KarrasDiffusionSchedulers} - {"EDMEulerScheduler", "DPMSolverSDEScheduler"})
+)
+def test_every_scheduler_of_the_family_is_taken(name, tmp_path):
+    for part in ("scheduler", ""):
+        (tmp_path / part).mkdir(exist_ok=True)
+    config = json.loads((GOLDEN / "tiny-eps" / SCHEDULER).read_bytes())
+    dumped(SCHEDULER, {**config, "_class_name": name})(tmp_path)
+    assert type(load_scheduler(tmp_path, {"scheduler": ["diffusers", name]})).__name__ == name
 
 
 def test_the_page_counts_these_cases():

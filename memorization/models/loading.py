@@ -144,7 +144,7 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     check_named(folder, index, "scheduler", [name for name in dir(diffusers) if name.endswith("Scheduler")])
     path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise InputError(f"{path}: {cls.__name__} is no scheduler that works with torch")
+        raise InputError(f"{path}: {cls.__name__} is no scheduler that works here; does it need a package more?")
     config = read_named(path, cls, parameters_of(cls))
     if "_class_name" not in config:
         raise InputError(f"{path}: names no class; it is no scheduler's config")
