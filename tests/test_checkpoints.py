@@ -417,6 +417,14 @@ def test_a_damaged_checkpoint_is_one_clear_line(case, damaged, shut):
     assert "\n" not in said and len(said) < 600 and re.search(case.said, said), said
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a/b/c", "/nowhere", "two\nlines", __file__, "no/such/model"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_folder_is_one_clear_line(kind, name, shut):
+    with pytest.raises(InputError) as caught:
+        KINDS[kind].load(name)
+    assert "\n" not in str(caught.value).replace(name, "")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_checkpoint_is_loaded(kind, damaged, shut):
     assert KINDS[kind].load(str(damaged(Case(kind, "", lambda folder: None, ""))))

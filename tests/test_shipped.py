@@ -27,7 +27,7 @@ LISTS = {"testbed-eps": ROOT / "prompts" / "testbed.csv", "testbed-v": ROOT / "p
 
 
 def unet_digest(name: str) -> str:
-    """What runs of versions up to 0.2 recorded of a checkpoint."""
+    """What runs recorded of a checkpoint before its other parts counted."""
     weights = (ROOT / "testbed" / "models" / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     return f"sha256:{hashlib.sha256(hashlib.sha256(weights).digest()).hexdigest()}"
 

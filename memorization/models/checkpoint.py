@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ HARMLESS = {
 SHAPING = (".json", ".txt", ".safetensors")  # the files of a part that its numbers can come from
 
 
-def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str | PathLike], advice: str = "") -> Path:
+def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str | os.PathLike], advice: str = "") -> Path:
     """The first of some folders and hub ids that can be had.
 
     Args:
@@ -48,10 +48,9 @@ def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str | PathLik
     """
     reasons = []
     for identifier in identifiers:
-        folder = Path(identifier)
-        if folder.is_dir():
-            return folder
-        if folder.is_absolute() or identifier.count("/") > 1 or folder.exists():
+        if os.path.isdir(identifier):  # noqa: PTH112 - for every name, unlike that of Path
+            return Path(identifier)
+        if Path(identifier).is_absolute() or identifier.count("/") > 1 or os.path.exists(identifier):  # noqa: PTH110
             shipped = "" if (ROOT / "testbed").is_dir() else "; the shipped models lie in the repository alone"
             reasons.append(f"{identifier}: no such folder{shipped}")
             continue
@@ -78,11 +77,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file")
     try:
         config = read_json(path)
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: holds no table of settings")
+        items = list(_items(config))
     except RecursionError:
         raise InputError(f"{path}: cannot be read (nested too deep)") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds no table of settings")
-    for key, value in _items(config):
+    for key, value in items:
         if key in CODE:
             raise InputError(f"{path}: {key} names code; no code of a checkpoint is run")
         if key in ELSEWHERE:
