@@ -15,12 +15,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from memorization.errors import InputError
-from memorization.flags import ArgumentParser, Arguments, value
+from memorization.errors import InputError, printable
+from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.paths import ROOT
-from memorization.settings import Bounds
+from memorization.settings import Resamples
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -30,17 +29,14 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     # fmt: off
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
     add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
-    add("--resamples", type=value(Annotated[int, Bounds(100)]), default=2000, metavar="N",
-        help="bootstrap resamples (default: %(default)s)")
+    add_flags(parser, "--resamples", default=2000, type=value(Resamples))
     add("--weights", nargs=2, type=value(float), metavar=("NORM", "COSINE"),
         help="one more row: the sum of the two terms with these weights, as in --weights 1 2")
     add("--no-plots", action="store_true", help="draw no pictures")
     add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
-    add("--fpr", type=value(float), default=0.01, help="false positive rate of the thresholds (default: %(default)s)")
+    add_flags(parser, "--fpr")
     # fmt: on
     args = parser.parse_args(arguments)
-    if not 0 < args.fpr < 1:
-        parser.error("--fpr lies between 0 and 1")
     args.folders = args.runs or every_run()
     if not args.folders:
         raise InputError("no run under results/; start with: bash run_detection.sh")
@@ -86,13 +82,15 @@ def write_calibration(args: argparse.Namespace) -> None:
     """``--calibrate``."""
     import yaml
 
+    from memorization.evaluation.calibration import calibration_of
     from memorization.evaluation.runs import read_run
     from memorization.io.files import write_atomically
     from memorization.runs.calibrate import calibrate
 
     made = calibrate(read_run(args.folders[0]), args.fpr)
+    calibration_of(made, args.calibrate)  # what could not be read again is not written
     write_atomically(args.calibrate, yaml.safe_dump(made, sort_keys=False))
-    print(f"{args.calibrate}: from {made['negatives']} negatives and {made['positives']} positives")
+    print(f"{printable(str(args.calibrate))}: from {made['negatives']} negatives and {made['positives']} positives")
 
 
 def print_tables(all_metrics: list[dict], style: str) -> None:
@@ -110,7 +108,7 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
     else:
         for metrics in all_metrics:
             counts = metrics["counts"]
-            print(f"\n### {metrics['run']}: {counts['memorized']} memorized, {counts['not_memorized']} not memorized, "
+            print(f"\n### {printable(metrics['run'])}: {counts['memorized']} memorized, {counts['not_memorized']} not memorized, "
                   f"{counts['families']} families\n")  # fmt: skip
             print(markdown(table(metrics)))
             if metrics["paired"]:

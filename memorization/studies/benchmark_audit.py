@@ -19,11 +19,13 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.evaluation.metrics import family_weights, measure
 from memorization.evaluation.text_baselines import capitals, naive_bayes
-from memorization.flags import ArgumentParser, Arguments, run_script
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
+from memorization.io.families import near_copy_families
 from memorization.io.files import write_atomically
-from memorization.io.prompts import near_copy_families, read_pair, read_prompts
+from memorization.io.prompts import read_pair, read_prompts
 from memorization.io.tables import markdown
 from memorization.paths import ROOT
+from memorization.settings import Resamples
 
 PUBLISHED = {  # benchmark: (memorized, not memorized)
     "SD 1.4, usual": ("sd1_mem.txt", "sd1_nmem.txt"),
@@ -153,11 +155,9 @@ def main(arguments: Arguments = None) -> None:
     add("--prompts", type=Path, metavar="FILE", help="audit this labelled list instead of the field's")
     add("--lists", type=Path, default=ROOT / "prompts" / "published", help="default: prompts/published")
     add("--tokenizer", metavar="FOLDER|HUB_ID", help="of CLIP, to count prompts over 77 tokens (default: not counted)")
-    add("--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples (default: %(default)s)")
+    add_flags(parser, "--resamples", type=value(Resamples))
     add("--out", type=Path, default=Path("results/studies/benchmark_audit"), help="default: %(default)s")
     args = parser.parse_args(arguments)
-    if args.resamples < 100:
-        parser.error("--resamples is at least 100")
     tokenizer = load_tokenizer(args.tokenizer)
     frames, lists = read_benchmarks(args)
     first = [audit(name, frame, args.resamples) for name, frame in tqdm(frames.items(), desc="audit", unit="list")]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from memorization.detectors.laplacian import Estimate, boundary, hutchinson, powered, volume
-from memorization.flags import ArgumentParser, Arguments, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.settings import Count
 
 POWERS = (1.0, 1.5, 2.0, 3.0)
 # At zeros of the score the volume estimator's variance is infinite for p <= 1.
@@ -165,8 +166,8 @@ def draw(mixture: Mixture, scores: dict, path: Path) -> None:
 def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--points", type=int, default=4096, help="of each ball (default: %(default)s)")
-    add("--train-steps", type=int, default=4000, help="of the denoiser (default: %(default)s)")
+    add("--points", type=value(Count), default=4096, help="of each ball (default: %(default)s)")
+    add("--train-steps", type=value(Count), default=4000, help="of the denoiser (default: %(default)s)")
     add("--out", type=Path, default=Path("results/studies/gaussian_mixture"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.points < 2 or args.train_steps < 1:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from memorization.detectors.base import ImageDetector
 from memorization.detectors.laplacian import boundary_samples, random_directions
-from memorization.flags import ArgumentParser, Arguments, run_script
+from memorization.flags import ArgumentParser, Arguments, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.settings import Count, Timestep
 from memorization.studies.labelled import add_arguments, open_subject, scored
 
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -93,8 +94,8 @@ def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
     add = parser.add_argument
-    add("--each", type=int, default=50, metavar="N", help="prompts of either label (default: %(default)s)")
-    add("--timesteps", type=int, nargs="+", default=[1, 10, 50, 200, 500], help="default: %(default)s")
+    add("--each", type=value(Count), default=50, metavar="N", help="prompts of either label (default: %(default)s)")
+    add("--timesteps", type=value(Timestep), nargs="+", default=[1, 10, 50, 200, 500], help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.each < 1 or not all(0 < t < 1000 for t in args.timesteps):
         parser.error("--each is at least 1, --timesteps lie between 1 and 999")

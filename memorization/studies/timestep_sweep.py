@@ -20,9 +20,10 @@ from torch import Tensor
 from memorization.detectors.base import GenerationDetector, PromptDetector
 from memorization.detectors.features import FEATURES, features
 from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
-from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.settings import Count
 from memorization.studies.labelled import Subject, add_arguments, open_subject, scored
 
 
@@ -110,7 +111,12 @@ def main(arguments: Arguments = None) -> None:
     add_arguments(parser)
     add = parser.add_argument
     add_flags(parser, "--noises", default=1)
-    add("--every", type=int, default=5, help="steps of the 50-step grid between timesteps (default: %(default)s)")
+    add(
+        "--every",
+        type=value(Count),
+        default=5,
+        help="steps of the 50-step grid between timesteps (default: %(default)s)",
+    )
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
     args = parser.parse_args(arguments)
     if args.every < 1:
