@@ -128,13 +128,21 @@ def _number(kind: type, value: Any) -> float:
                 value = float(value)
             except ValueError:
                 raise Unfit from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise Unfit
     if kind is int:
         if value != int(value):
             raise Unfit
         return int(value)
     return value  # a whole number stays one, so that it is written as it was given
+
+
+def is_finite(number: float) -> bool:
+    """Whether it is neither NaN nor infinite, nor a whole number that no float holds."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def described(annotation: Any) -> str:

@@ -103,13 +103,13 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
     if style == "json":
         print(json.dumps(all_metrics, indent=1))
     elif style == "csv":
-        frames = [table(metrics).assign(run=metrics["run"]) for metrics in all_metrics]
+        frames = [table(metrics).assign(run=printable(metrics["run"])) for metrics in all_metrics]
         pd.concat(frames).to_csv(sys.stdout, index=False)
     else:
         for metrics in all_metrics:
             counts = metrics["counts"]
-            print(f"\n### {printable(metrics['run'])}: {counts['memorized']} memorized, {counts['not_memorized']} not memorized, "
-                  f"{counts['families']} families\n")  # fmt: skip
+            print(f"\n### {printable(metrics['run'])}: {counts['memorized']} memorized, "
+                  f"{counts['not_memorized']} not memorized, {counts['families']} families\n")  # fmt: skip
             print(markdown(table(metrics)))
             if metrics["paired"]:
                 print(f"\nAgainst {REFERENCE}, on the same resamples:\n")

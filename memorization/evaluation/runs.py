@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from memorization.evaluation.learned import ONE_TRACE, learned_combination, z_sc
 from memorization.evaluation.metrics import noise_mean
 from memorization.io.files import is_file, read_lines
 from memorization.io.records import read_costs, read_record
-from memorization.settings import Count, Steps, value_of
+from memorization.settings import Count, Steps, is_finite, value_of
 
 
 class Run:
@@ -98,7 +98,7 @@ class Run:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) in (int, float) and is_finite(value)
 
 
 def _settings_of(rows: pd.DataFrame) -> dict:
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> Run:
     if record["status"] == "complete" and len(lines) != record.get("lines", len(lines)):
         raise InputError(f"{scores}: holds {len(lines)} lines of the {record['lines']} that run.json says")
     run = Run(pd.DataFrame(lines), record["settings"], name=str(folder),
-              costs=read_costs(costs) if costs.exists() else None)  # fmt: skip
+              costs=read_costs(costs) if os.path.lexists(costs) else None)  # fmt: skip
     if (families := run.scored["family"].nunique()) < 10:
         print(printable(f"{folder}: {families} families of near-copies only; the intervals mean little"),
               file=sys.stderr)  # fmt: skip

@@ -62,7 +62,11 @@ class Index:
             raise InputError(f"{folder}: the index holds no picture")
         record = read_json(folder / "index.json")
         made = make(IndexRecord, record, f"{folder / 'index.json'}: damaged")
+        if (made.kind in SIZED) != (made.size is not None and len(made.size) == 2):
+            raise InputError(f"{folder / 'index.json'}: damaged: size = {record['size']} of {made.kind}")
         self.kind, self.size, self.model = made.kind, made.size and (made.size[0], made.size[1]), made.model
+        if self.kind == "pixels" and self.size and made.width != 3 * self.size[0] * self.size[1]:
+            raise InputError(f"{folder / 'index.json'}: damaged: width = {made.width} of pictures of {self.size}")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         self.files = [item.get("file", item["path"]) for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32

@@ -3,11 +3,13 @@
 Two prompts are near-copies where they share at least half of their distinct words: ``shared / all >= 1/2``, which is
 ``3 shared >= a + b`` for ``a`` and ``b`` distinct words. Families are the chains of near-copies.
 
-Comparing every pair is out of the question. Words are ordered from rare to common, and as in prefix filtering (Chaudhuri
-et al., ICDE 2006; Bayardo et al., WWW 2007) a pair that shares enough has its first shared word early in both: prompts
-are put into a **bucket** for each of their early words. A bucket that is still large is split by the second shared word,
-and so on: all prompts of a bucket share its ``depth`` words. Since only chains matter, a bucket whose prompts are of one
-family already is let go, and every prompt is first compared with the shortest of its bucket, which joins what is alike.
+Comparing every pair is out of the question. Words are ordered from rare to common, and as in prefix filtering
+(Chaudhuri et al., ICDE 2006; Bayardo et al., WWW 2007) a pair that shares enough has its first shared word early in
+both: prompts are put into a **bucket** for each of their early words. A bucket that is still large is split by the
+second shared word, and so on: all prompts of a bucket share its ``depth`` words. Since only chains matter, a bucket
+whose prompts are of one family already is let go, and every prompt is first compared with the shortest of its bucket,
+which joins what is alike. A million prompts like those of LAION take minutes; a million of ten words each from a
+vocabulary of a hundred would still be slow.
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ class _Families:
     def _sorted(self, bucket: np.ndarray, row: np.ndarray, place: np.ndarray, depth: int) -> _Entries:
         """Entries that may have a near-copy in their bucket, in buckets of two or more.
 
-        With ``depth`` words shared up to ``place``, a row shares ``depth - 1 + size - place`` at most; with a near-copy,
-        which has at least half as many words, it shares at least half of its own.
+        With ``depth`` words shared up to ``place``, a row shares ``depth - 1 + size - place`` at most; with a
+        near-copy, which has at least half as many words, it shares at least half of its own.
         """
         early = 2 * (depth - 1 + self.size[row] - place) >= self.size[row]
         bucket, row, place = bucket[early], row[early], place[early]

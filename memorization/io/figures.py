@@ -27,15 +27,20 @@ def save_figure(figure: plt.Figure, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     for axis in figure.axes:
         for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *_legend(axis)):
-            text.set_parse_math(False)
+            _literal(text)
     if figure._suptitle:
-        figure._suptitle.set_parse_math(False)
+        _literal(figure._suptitle)
     with replacing(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font lacks letters of some prompts
         figure.tight_layout()
         figure.savefig(part, dpi=120, format=path.suffix[1:])
     plt.close(figure)
     return path
+
+
+def _literal(text: plt.Text) -> None:
+    text.set_parse_math(False)
+    text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())  # no font has half of a letter
 
 
 def _legend(axis: plt.Axes) -> list[plt.Text]:

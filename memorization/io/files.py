@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
+        if os.path.lexists(target) and not is_file(target):  # a link is left where links go in a circle
             raise InputError(f"{path}: is no regular file, and is not replaced")
         part = target.with_name(f"{target.name}.part")
         part.unlink(missing_ok=True)  # of a killed process; or a link, which would be followed

@@ -64,7 +64,7 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
         raise InputError(f"{path}: holds no prompt")
     if not (is_text := frame["prompt"].map(_is_text)).all():
         row = is_text.idxmin()
-        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {str(frame['prompt'][row])[:80]!r}")
+        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {repr(frame['prompt'][row])[:80]}")
     for column in frame.columns[1:]:
         if (nested := frame[column].map(lambda cell: isinstance(cell, (list, dict)))).any():
             raise InputError(f"{path}: the {column} in row {nested.idxmax() + 1} is no text or number")

@@ -20,6 +20,7 @@ from memorization.io.prompts import Listed
 from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.paths import in_project
+from memorization.runs.cases import calibrated_settings
 from memorization.runs.memory import default_batch_size, with_memory
 from memorization.runs.pictures import PictureScorer
 from memorization.runs.scorer import Scorer, SequentialScorer
@@ -72,7 +73,7 @@ def configured_detectors(
     asked = {name: fitted(DETECTORS.find(name), values, name) for name, values in asked.items()}
     calibration.check(holds_for, asked)
     of_model = spec.settings_of("detectors")
-    layers = (of_model, calibration.settings, asked)
+    layers = (of_model, calibrated_settings(calibration), asked)
     known = {name for layer in layers for name in layer}
     return make_detectors(
         names, {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in known}
