@@ -1,5 +1,6 @@
 """What the fault suite shares: what a fault may come to, and how files are damaged."""
 
+import math
 import os
 import resource
 import signal
@@ -94,6 +95,17 @@ def make_odd(path, kind):
     elif kind == "device":
         path.symlink_to("/dev/null")
     return path
+
+
+def cases_of(module):
+    """How many cases the tests of a module try: rows of their tables, and examples of their properties."""
+    found = 0
+    for name, test in vars(module).items():
+        if name.startswith("test_"):
+            tables = [mark.args[1] for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            own = getattr(test, "_hypothesis_internal_use_settings", None)
+            found += math.prod(map(len, tables)) * (own.max_examples if own else 1)
+    return found
 
 
 ODD = ("pipe", "folder", "loop", "device")

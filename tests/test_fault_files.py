@@ -171,7 +171,8 @@ RECORD_DAMAGES = [
       for name in ("model", "num_images", "steps")],
     *[({**RECORD, name: value}, name) for name, value in [
         ("status", "done"), ("status", 1), ("seconds", "long"), ("seconds", None), ("settings", []), ("settings", "x"),
-        ("sessions", {}), ("sessions", [1]), ("lines", -1), ("lines", "8"), ("lines", True), ("lines", 7), ("lines", 9)]],
+        ("sessions", {}), ("sessions", [1]), ("lines", -1), ("lines", "8"), ("lines", True), ("lines", 7),
+        ("lines", 9)]],
     *[({**RECORD, "settings": {**SETTINGS, name: value}}, name) for name, value in [
         ("num_images", 0), ("num_images", True), ("num_images", "two"), ("num_images", 3), ("num_images", 1),
         ("steps", 1), ("steps", None), ("steps", True), ("model", 3), ("detectors", []), ("detectors", {"a": 1}),
@@ -211,7 +212,8 @@ def test_scores_that_lack_a_field(tmp_path, field):
 
 
 @pytest.mark.parametrize("cost", [3, [], {}, {"needs": "prompt"}, {**COSTS["noise_norm"], "seconds": None},
-                                  {**COSTS["noise_norm"], "evaluations": "two"}, {**COSTS["noise_norm"], "seconds": True}])  # fmt: skip
+                                  {**COSTS["noise_norm"], "evaluations": "two"},
+                                  {**COSTS["noise_norm"], "seconds": True}])  # fmt: skip
 def test_damaged_costs(tmp_path, cost):
     refused(lambda: read_run(write_run(tmp_path, costs={"noise_norm": cost})), "costs.json", "noise_norm")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,11 +43,13 @@ LISTS = [
     (".csv", b"prompt,split\na,\n", "split"), (".csv", b"\xff\xfep\0r\0", "UTF-8"),
     (".jsonl", b'{"prompt": "a", "Prompt": "b"}\n', "prompt"), (".jsonl", b'{"prompt": ["a"]}\n', "row 1"),
     (".jsonl", b'{"prompt": "a", "label": [1]}\n', "label"), (".jsonl", b'{"prompt": "a", "label": {}}\n', "label"),
-    (".jsonl", b'{"prompt": "a", "label": 1e999}\n', "label"), (".jsonl", b'{"prompt": "a", "split": ["test"]}\n', "split"),
+    (".jsonl", b'{"prompt": "a", "label": 1e999}\n', "label"),
+    (".jsonl", b'{"prompt": "a", "split": ["test"]}\n', "split"),
     (".jsonl", b'{"prompt": "a", "family": ["x"]}\n', "family"), (".jsonl", b'{"prompt": "a", "image": {}}\n', "image"),
     (".jsonl", b'{"prompt": "a", "duplicates": [1]}\n', "duplicates"), (".jsonl", b"[" * 100_000 + b"\n", "line 1"),
     (".jsonl", b'{"prompt": "a"}\n' + b'{"a":' * 100_000, "line 2"), (".jsonl", b'{"prompt": 1}\n', "row 1"),
-    (".jsonl", b'{"prompt": "a", "label": ' + b"9" * 500 + b"}\n", "label"), (".jsonl", b'{"prompt": "a"}{}\n', "line 1"),
+    (".jsonl", b'{"prompt": "a", "label": ' + b"9" * 500 + b"}\n", "label"),
+    (".jsonl", b'{"prompt": "a"}{}\n', "line 1"),
     (".jsonl", b'{"prompt": "a", "label": ' + b"9" * 5000 + b"}\n", "line 1"),
     (".txt", b"\xff\xfea\0", "UTF-8"), (".txt", b"\xef\xbb\xbf\n", "empty"), (".TXT", b"a\n", ".TXT"),
 ]  # fmt: skip
@@ -267,14 +270,20 @@ def test_items_without_their_index_json_are_not_built_over(folder, tmp_path):
 
 
 INDEX_DAMAGES = [
-    ("index.json", {"kind": "pixel"}, "kind"), ("index.json", {"kind": None}, "kind"), ("index.json", {"kind": 3}, "kind"),
-    ("index.json", {"size": 8}, "size"), ("index.json", {"size": [0, 8]}, "size"), ("index.json", {"size": "8"}, "size"),
+    ("index.json", {"kind": "pixel"}, "kind"), ("index.json", {"kind": None}, "kind"),
+    ("index.json", {"kind": 3}, "kind"),
+    ("index.json", {"size": 8}, "size"), ("index.json", {"size": [0, 8]}, "size"),
+    ("index.json", {"size": "8"}, "size"),
     ("index.json", {"size": [8.5, 8]}, "size"), ("index.json", {"width": 0}, "width"),
-    ("index.json", {"width": "192"}, ""), ("index.json", {"width": None}, "width"), ("index.json", {"width": -1}, "width"),
+    ("index.json", {"width": "192"}, ""), ("index.json", {"width": None}, "width"),
+    ("index.json", {"width": -1}, "width"),
     ("index.json", {"width": 10**12}, "width"), ("index.json", {"width": True}, "width"),
-    ("index.json", {"model": 3}, "model"), ("index.json", {"size": [8]}, "size"), ("index.json", {"size": [8, 9]}, "width"),
-    ("items.jsonl", {"path": None}, "path"), ("items.jsonl", {"path": 3}, "path"), ("items.jsonl", {"caption": None}, "caption"),
-    ("items.jsonl", {"caption": ["a"]}, "caption"), ("items.jsonl", {"file": 3}, "file"), ("items.jsonl", {"file": None}, "file"),
+    ("index.json", {"model": 3}, "model"), ("index.json", {"size": [8]}, "size"),
+    ("index.json", {"size": [8, 9]}, "width"),
+    ("items.jsonl", {"path": None}, "path"), ("items.jsonl", {"path": 3}, "path"),
+    ("items.jsonl", {"caption": None}, "caption"),
+    ("items.jsonl", {"caption": ["a"]}, "caption"), ("items.jsonl", {"file": 3}, "file"),
+    ("items.jsonl", {"file": None}, "file"),
     ("items.jsonl", {"sha256": 3}, "sha256"),
 ]  # fmt: skip
 
@@ -444,7 +453,8 @@ def test_any_error_is_one_line_that_a_terminal_shows(text):
 def ends(body, **options):
     """A process that runs ``body`` as a command's main."""
     text = "\n".join(f"    {line}" for line in body.splitlines())
-    code = f"import os, signal, sys, time\nfrom memorization.flags import run_script\ndef main():\n{text}\nrun_script(main)"
+    head = "import os, signal, sys, time\nfrom memorization.flags import run_script\n"
+    code = f"{head}def main():\n{text}\nrun_script(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=20,
                           **{"stdout": subprocess.PIPE, **options})  # fmt: skip
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
@@ -472,7 +482,7 @@ def test_every_end_is_one_line(body, status, said):
         path = done.stderr.split("traceback is in ")[1].rstrip(")\n")
         with open(path, encoding="utf-8") as file:
             assert "Traceback" in file.read()
-        os.unlink(path)
+        Path(path).unlink()
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
