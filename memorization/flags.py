@@ -6,6 +6,7 @@ A flag means one thing everywhere: what several commands take is described here 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -159,7 +160,7 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - held until the end
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

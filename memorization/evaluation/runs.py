@@ -98,7 +98,7 @@ class Run:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and is_finite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
 
 
 def _settings_of(rows: pd.DataFrame) -> dict:

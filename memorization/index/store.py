@@ -64,7 +64,8 @@ class Index:
         made = make(IndexRecord, record, f"{folder / 'index.json'}: damaged")
         if (made.kind in SIZED) != (made.size is not None and len(made.size) == 2):
             raise InputError(f"{folder / 'index.json'}: damaged: size = {record['size']} of {made.kind}")
-        self.kind, self.size, self.model = made.kind, made.size and (made.size[0], made.size[1]), made.model
+        self.kind, self.model = made.kind, made.model
+        self.size: tuple[int, int] | None = (made.size[0], made.size[1]) if made.size else None
         if self.kind == "pixels" and self.size and made.width != 3 * self.size[0] * self.size[1]:
             raise InputError(f"{folder / 'index.json'}: damaged: width = {made.width} of pictures of {self.size}")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]

@@ -62,7 +62,8 @@ class _Entries(NamedTuple):
     row: np.ndarray
     place: np.ndarray
 
-    def __getitem__(self, chosen) -> _Entries:
+    def take(self, chosen: np.ndarray | slice) -> _Entries:
+        """Some of them."""
         return _Entries(*(column[chosen] for column in (self.bucket, self.row, self.place)))
 
 
@@ -99,18 +100,19 @@ class _Families:
         bucket, row, place = bucket[early], row[early], place[early]
         order = np.lexsort((self.size[row], bucket))
         entries = _Entries(bucket[order], row[order], place[order])
-        return entries[_bucket_sizes(entries.bucket) > 1]
+        return entries.take(_bucket_sizes(entries.bucket) > 1)
 
     def _join(self, entries: _Entries, depth: int) -> None:
         for part in _parts(entries):
             first = part.row[_bucket_starts(part.bucket)]
             self._link_copies(first, part.row)
-            part = part[self._undecided(part)]
+            part = part.take(self._undecided(part))
             small = _bucket_sizes(part.bucket) <= SMALL
-            for left, right in _pairs(part[small]):
-                self._link_copies(part[small].row[left], part[small].row[right])
+            compared = part.take(small)
+            for left, right in _pairs(compared):
+                self._link_copies(compared.row[left], compared.row[right])
             if not small.all():
-                self._split(part[~small], depth)
+                self._split(part.take(~small), depth)
 
     def _undecided(self, entries: _Entries) -> np.ndarray:
         """Which entries lie in a bucket of more than one family."""
@@ -195,7 +197,7 @@ def _parts(entries: _Entries) -> Iterator[_Entries]:
     while begin < len(entries.bucket):
         later = starts[np.searchsorted(starts, begin + AT_ONCE) :]
         end = int(later[0]) if len(later) else len(entries.bucket)
-        yield entries[begin:end]
+        yield entries.take(slice(begin, end))
         begin = end
 
 

@@ -26,10 +26,10 @@ def save_figure(figure: plt.Figure, path: Path) -> Path:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for axis in figure.axes:
-        for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *_legend(axis)):
+        for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *_legend(axis)):  # ty: ignore
             _literal(text)
-    if figure._suptitle:
-        _literal(figure._suptitle)
+    for text in figure.texts:  # its title
+        _literal(text)
     with replacing(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font lacks letters of some prompts
         figure.tight_layout()

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
         row = is_text.idxmin()
         raise InputError(f"{path}: the prompt in row {row + 1} is no text: {repr(frame['prompt'][row])[:80]}")
     for column in frame.columns[1:]:
-        if (nested := frame[column].map(lambda cell: isinstance(cell, (list, dict)))).any():
-            raise InputError(f"{path}: the {column} in row {nested.idxmax() + 1} is no text or number")
+        if (nested := frame[column].map(lambda cell: isinstance(cell, (list, dict))).to_numpy()).any():
+            raise InputError(f"{path}: the {column} in row {nested.argmax() + 1} is no text or number")
     if "label" in frame:
         frame["label"] = _labels(path, frame["label"])
     if "split" in frame and not frame["split"].isin(["validation", "test"]).all():
@@ -127,7 +127,7 @@ def _is_named(family: object) -> bool:
     return bool(family) and family == family  # a missing one is NaN
 
 
-def _columns(path: Path, names: Sequence[str], extra: Sequence[str]) -> list[str]:
+def _columns(path: Path, names: Iterable[object], extra: Sequence[str]) -> list[str]:
     """The names of a list's columns as ours.
 
     Raises:
@@ -192,9 +192,9 @@ def _is_text(prompt: object) -> bool:
 
 def _labels(path: Path, labels: pd.Series) -> pd.Series:
     numbers = _numbers(labels)
-    wrong = ~numbers.isin([0, 1])
+    wrong = ~numbers.isin([0, 1]).to_numpy()
     if wrong.any():
-        raise InputError(f"{path}: label {labels[wrong].iloc[0]!r} in row {wrong.idxmax() + 1} is not 0 or 1")
+        raise InputError(f"{path}: label {labels[wrong].iloc[0]!r} in row {wrong.argmax() + 1} is not 0 or 1")
     return numbers.astype(int)
 
 
