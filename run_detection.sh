@@ -4,21 +4,21 @@
 #   bash run_detection.sh                      the shipped testbed models; on a CUDA machine Stable Diffusion 1.4 and 2 too
 #   bash run_detection.sh sd14 rv51            models of your choice: names from memorization/configs/, folders or hub ids
 #   NUM_IMAGES=1 SEEDS="51 53 42" bash run_detection.sh sd14
-#   bash run_detection.sh --all-detectors      every detector, with what each costs: into results/local/<model>-all
-#   DETECT_FLAGS="--variant eps" RESULTS=results/local-eps bash run_detection.sh testbed-v
+#   bash run_detection.sh --all-detectors      every detector, with what each costs: into results/local/detection/<model>/all
+#   DETECT_FLAGS="--variant eps" RESULTS=results/local/eps bash run_detection.sh testbed-v
 set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
 
 NUM_IMAGES=${NUM_IMAGES:-4}        # noises per prompt; the table shows n = 1 and n = NUM_IMAGES
 SEEDS=${SEEDS:-51}                 # the paper's: 51 53 42
-RESULTS=${RESULTS:-results/local}  # gets a folder a model and seed
+RESULTS=${RESULTS:-results/local/detection}  # gets <model>/<run>
 DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
 
-suffix=
+name=main
 models=()
 for argument in "$@"; do
     if [ "$argument" = --all-detectors ]; then
-        suffix=-all
+        name=all
         DETECT_FLAGS="--detectors all --measure-costs --dtype float32 $DETECT_FLAGS"
     else
         models+=("$(placed "$argument")")
@@ -44,9 +44,9 @@ for model in "${models[@]}"; do
         sd14 | sd2 | rv51) "$PYTHON" -m memorization.prompts fetch > /dev/null || { failed+=("$model"); continue; } ;;
     esac
     for seed in $SEEDS; do
-        run="$RESULTS/$(basename "$model")$suffix"
+        run="$RESULTS/$(basename "$model")/$name"
         [ "$seed" = 51 ] || run="$run-seed$seed"
-        if "$PYTHON" detect_mem.py --model "$model" --num-images "$NUM_IMAGES" --seed "$seed" --out "$run" "${flags[@]}"
+        if "$PYTHON" detect_mem.py --model "$model" --noises "$NUM_IMAGES" --seed "$seed" --out "$run" "${flags[@]}"
         then runs+=("$run"); else failed+=("$model, seed $seed"); fi
     done
 done

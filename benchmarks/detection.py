@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
 from memorization.detectors.base import make_detectors  # noqa: E402
 from memorization.flags import ArgumentParser, run_script  # noqa: E402
+from memorization.io.files import write_atomically  # noqa: E402
 from memorization.io.prompts import read_prompts  # noqa: E402
 from memorization.models.devices import DTYPES, pick_device, pick_dtype  # noqa: E402
 from memorization.models.loading import load_pipeline  # noqa: E402
@@ -103,6 +104,15 @@ def floor(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: in
     return now(pipe) - started
 
 
+def keep(path: Path, rows: list[dict]) -> None:
+    """Write the rows of a model into a table, in place of those it had."""
+    new = pd.DataFrame(rows)
+    if path.is_file():
+        old = pd.read_csv(path, dtype={"batch": "Int64"})
+        new = pd.concat([old[old["model"] != new["model"][0]], new])
+    write_atomically(path, new.to_csv(index=False))
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -111,6 +121,7 @@ def main() -> None:
     add("--dtype", choices=list(DTYPES), help="default: bfloat16, as the public code, where the hardware has it")
     add("--device", default="auto")
     add("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="tried for (c)")
+    add("--out", type=Path, metavar="FILE", help="keep the rows there, beside those of other models")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
     device = pick_device(args.device)
@@ -129,13 +140,19 @@ def main() -> None:
     tool, plain = this_tool(pipe, prompts, batch_size), plain_loop(pipe, prompts)
     lowest = min(floors[best], floor(pipe, prompts, best))  # once more, after the others, against drift
     print(f"{args.model}, {dtype}, {device}, {torch.get_num_threads()} threads, {len(prompts)} prompts, n = 1\n")
+    measured = (
+        ("(a)", "plain loop of the public code", plain, 2), ("(b)", "this tool", tool, batch_size),
+        ("(c)", "bare UNet calls, conditional halves alone", lowest, best),
+    )  # fmt: skip
     print("| | prompts/s | s/prompt | batch |\n|---|---|---|---|")
-    for name, seconds, size in (
-        ("(a) plain loop", plain, 2),
-        ("(b) this tool", tool, batch_size),
-        ("(c) floor", lowest, best),
-    ):
-        print(f"| {name} | {len(prompts) / seconds:.2f} | {seconds / len(prompts):.4f} | {size} |")
+    for letter, name, seconds, size in measured:
+        print(f"| {letter} {name} | {len(prompts) / seconds:.2f} | {seconds / len(prompts):.4f} | {size} |")
+    if args.out:
+        keep(args.out, [
+            {"model": args.model, "dtype": dtype, "prompts": len(prompts), "what": name,
+             "seconds a prompt": float(f"{seconds / len(prompts):.3g}"), "batch": size}
+            for _, name, seconds, size in measured
+        ])  # fmt: skip
     print(f"\n(b) / (a) = {plain / tool:.2f}    (b) / (c) = {lowest / tool:.2f}")
     print("(c) by batch size, s/prompt: " + ", ".join(f"{k}: {v / len(prompts):.4f}" for k, v in floors.items()))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

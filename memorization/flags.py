@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from memorization.errors import InputError, printable
-from memorization.settings import Count, NotNegative, Rate, Seed, Steps, Unfit, described, fit
+from memorization.settings import Count, NotNegative, Rate, Resamples, Seed, Steps, Unfit, described, fit
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -71,12 +71,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"),
     "--batch-size": dict(type=value(Count | Literal["auto"]), default="auto", metavar="N|auto",
         help="rows (prompt x noise) to a UNet call, halved on out of memory (default: %(default)s)"),
-    "--out": dict(type=Path, metavar="DIR", help="default: results/local/<model>"),
+    "--out": dict(type=Path, metavar="DIR", help="default: results/local/detection/<model>/main"),
     "--overwrite": dict(action="store_true", help="start anew in a folder that holds a run"),
-    "--resamples": dict(type=value(Count), default=1000, metavar="N",
+    "--resamples": dict(type=value(Resamples), default=1000, metavar="N",
         help="of the bootstrap over families (default: %(default)s)"),
     "--fpr": dict(type=value(Rate), default=0.01, metavar="X",
-        help="false positive rate of the thresholds (default: %(default)s)"),
+        help="false positive rate of a threshold (default: %(default)s)"),
     "--split": dict(choices=["validation", "test", "all"], default="validation",
         help="rows of the list, where it has splits (default: %(default)s)"),
 }  # fmt: skip

@@ -16,9 +16,9 @@ def in_project(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def default_out(name: str) -> Path:
-    """Where a run of this name goes if nothing else was asked for."""
-    return ROOT / "results" / "local" / safe_name(name)
+def default_out(*names: str) -> Path:
+    """Where a run goes if nothing else was asked for, by what it is, its model and its own name."""
+    return ROOT.joinpath("results", "local", *map(safe_name, names))
 
 
 def safe_name(name: str) -> str:

@@ -77,6 +77,7 @@ def test_what_makes_no_sense_is_said(model):
         (lambda: mem.score(model, ["a"], noises=0), "noises = 0 is no whole number of at least 1"),
         (lambda: mem.score(model, ["a"], step=3), "scoring has no setting 'step'"),
         (lambda: mem.score(model, ["a"], detectors=["magic"]), "unknown detector magic"),
+        (lambda: mem.score(model, ["a"], settings={"p_laplace": {"points": 3}}), "p_laplace, which is not among"),
         (lambda: mem.score(model, ["a"], sequential=True), "there are no bands for anisotropy"),
         (lambda: mem.mitigate(model, ["a"], "sail"), r"no level 0\.5 of noise_norm"),
         (lambda: mem.mitigate(model, ["a"], "cwr", threshold=1e9), "nothing to mitigate"),

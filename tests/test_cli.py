@@ -8,7 +8,9 @@ import pytest
 from conftest import GOLDEN
 
 from memorization import __version__, cli
+from memorization.detectors.base import DETECTORS
 from memorization.errors import InputError
+from memorization.mitigations.base import MITIGATIONS
 from memorization.paths import safe_name
 
 ROOT = GOLDEN.parent.parent
@@ -104,6 +106,24 @@ def test_settings_of_the_command_line(prompt_file, arguments, said):
         detect.main(["--model", str(GOLDEN / "tiny-eps"), "--prompts", str(prompt_file), *arguments])
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["eval", "run", "--fpr", "0"], "0 is no number above 0 to 1"),
+        (["eval", "run", "--resamples", "10"], "10 is no whole number of at least 100"),
+        (["study", "sequential", "run", "--fpr", "2"], "2 is no number above 0 to 1"),
+        (["study", "benchmark_audit", "--resamples", "10"], "10 is no whole number of at least 100"),
+        (["study", "timestep_sweep", "--every", "0"], "0 is no whole number of at least 1"),
+        (["study", "p_laplace_sweep", "--timesteps", "1000"], "1000 is no whole number from 0 to 999"),
+        (["study", "gaussian_mixture", "--points", "many"], "many is no whole number of at least 1"),
+        (["index", "compress", "folder", "--code", "0"], "0 is no whole number of at least 1"),
+    ],
+)
+def test_values_of_flags_are_checked_in_every_command(command, said):
+    with pytest.raises(InputError, match=said):
+        cli.dispatch(command)
+
+
 def test_a_shortcut_is_a_setting():
     from memorization.cli import detect
 
@@ -127,9 +147,10 @@ def test_the_document_names_the_files_that_call_the_unet():
 
 
 def test_no_engine_names_a_method():
-    """But as a default value; AMG's presets and studies are its own files."""
-    rooms = [path for room in ("runs", "evaluation", "cli", "index", "models", "io") for path in
+    """But as a default value of ``base`` and the score that others are compared with; studies may."""
+    names = "|".join(dict.fromkeys([*DETECTORS, *MITIGATIONS]))
+    rooms = [path for room in ("runs", "evaluation", "cli", "index", "similarity", "models", "io") for path in
              (ROOT / "memorization" / room).rglob("*.py")]  # fmt: skip
     named = {str(path.relative_to(ROOT)) for path in [*rooms, *ROOT.glob("*.py")]
-             if re.search(r"""["'](amg|sail|anisotropy|p_laplace)["']""", path.read_text())}  # fmt: skip
-    assert not named
+             if re.search(rf"""["']({names})["']""", path.read_text())}  # fmt: skip
+    assert named == {"memorization/evaluation/learned.py", "memorization/evaluation/report.py"}

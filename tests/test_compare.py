@@ -1,5 +1,7 @@
 """The engine of comparisons: what is made is made and measured once, and the table says what the lines say."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -101,6 +103,13 @@ def test_what_is_run_is_written_down_before_it_is_made_and_then_left(tmp_path):
     assert (tmp_path / "run.json").read_bytes() == finished
 
 
+def test_a_folder_without_its_pictures_says_so(tmp_path):
+    fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)))
+    shutil.rmtree(tmp_path / PLAIN)
+    with pytest.raises(InputError, match=r"0000-0\.png: not there, though its line is"):
+        fill(tmp_path, (Row(PLAIN, PLAIN), Maker(100)), (Row("gni 1", "gni", EmbeddingNoise(1.0)), Maker(120)))
+
+
 def lines_of(row, nl2, label, **more):
     return {"row": row, "method": row.split()[0], "strength": 1.0, "item": 0, "label": label, "nl2": nl2, "moved": 0.1,
             "family": "f", "seconds": 1.0, "seconds_generation": 2.0, **more}  # fmt: skip
@@ -145,7 +154,7 @@ def test_a_comparison_takes_measures_from_outside(tmp_path, monkeypatch):
 
     monkeypatch.setattr(judge, "find_weights", lambda: None)
     command = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--noises", 1, "--methods",
-               "cwr", "--resamples", 10, "--out", tmp_path)  # fmt: skip
+               "cwr", "--resamples", 100, "--out", tmp_path)  # fmt: skip
     mitigation_tradeoff.main(list(map(str, command)), {"brightness": brightness})
     lines, run = read_comparison(tmp_path)
     pictures = read_picture(tmp_path / "cwr 1" / "0000-0.png", None)

@@ -79,7 +79,7 @@ def test_lists_that_are_refused(tmp_path, number):
             ["f0", "f1"],
         ),
         (".jsonl", b'{"prompt": "a", "label": 1, "family": NaN}\n', "family", ["f0"]),
-        (".jsonl", b'{"prompt": "a", "label": 1, "family": 0}\n', "family", ["f0"]),
+        (".jsonl", b'{"prompt": "a", "label": 1, "family": 0}\n', "family", [0]),
     ],
 )
 def test_lists_that_are_read(tmp_path, suffix, content, column, expected):

@@ -29,7 +29,7 @@ def without_sscd(monkeypatch):
 @pytest.fixture
 def fast(tmp_path):
     """One noise, and the shipped calibration taken for it."""
-    shipped = (ROOT / "results" / "testbed-eps" / "calibration.yaml").read_text()
+    shipped = (ROOT / "results/detection/testbed-eps/main/calibration.yaml").read_text()
     path = tmp_path / "calibration.yaml"
     path.write_text(shipped.replace("num_images: 4", "num_images: 1"))
     return ("--model", "testbed-eps", "--steps", 4, "--calibration", path)

@@ -2,11 +2,12 @@
 
 import hashlib
 
+import pandas as pd
 import pytest
 
 from memorization.errors import InputError
 from memorization.io import published as module
-from memorization.io.prompts import near_copy_families, read_pair, read_prompts
+from memorization.io.prompts import listed, near_copy_families, read_pair, read_prompts
 from memorization.io.published import fetch
 
 AWKWARD = ['say "cheese", please', "<i>Title</i> & more", "naïve café ☕ — 東京", "a, b; c", " spaced ", "word " * 100]
@@ -130,3 +131,11 @@ def test_fetch_refuses_a_changed_file(mirror, tmp_path):
 def test_fetch_says_where_it_failed(tmp_path):
     with pytest.raises(InputError, match=r"cannot be had.*mirror"):
         fetch(tmp_path / "out", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("families", "kept"), [([0, 1], True), (["a", "b"], True), (["a", ""], False), (["a", None], False)]
+)
+def test_families_that_are_named_are_kept_and_all_or_none_count(families, kept):
+    frame = pd.DataFrame({"prompt": ["a red kite", "two boats"], "label": [0, 1], "family": families})
+    assert listed(frame).frame["family"].tolist() == (families if kept else ["f0", "f1"])

@@ -324,7 +324,7 @@ def test_evaluation_without_names_skips_what_has_no_labels(run_script, prompt_fi
     capsys.readouterr()
     run_script(detect_eval, "--resamples", 100, "--no-plots")
     said = capsys.readouterr()
-    assert "left out" in said.err and "unlabelled" in said.err and "### labelled" in said.out
+    assert "left out" in said.err and "unlabelled" in said.err and ", labelled: " in said.out
 
 
 def test_evaluation_of_nothing(run_script, tmp_path):

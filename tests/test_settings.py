@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 
 from memorization.detectors.anisotropy import Anisotropy
-from memorization.detectors.base import make_detectors
+from memorization.detectors.base import DETECTORS, make_detectors
 from memorization.errors import InputError
 from memorization.evaluation.calibration import read_calibration
 from memorization.mitigations.amg import AMG
-from memorization.mitigations.base import make_mitigation
-from memorization.models.spec import find_model
+from memorization.mitigations.base import MITIGATIONS, make_mitigation
+from memorization.models.spec import find_model, model_names
 from memorization.settings import Bounds, Checked, Count, described, make, value_of
 
 
@@ -140,7 +140,29 @@ def test_a_yaml_file_names_things_beside_it(tmp_path):
     spec = find_model(str(tmp_path / "mine.yaml"))
     assert spec.name == "mine" and spec.guidance_scale == 1
     assert spec.ids == (str(tmp_path / "weights"), "org/model") and spec.own_list() == tmp_path / "list.csv"
-    assert spec.settings_of("detectors") == {"anisotropy": {"cosine_weight": 2}}
+    assert spec.settings_of("detectors", DETECTORS) == {"anisotropy": {"cosine_weight": 2}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods", "given", "said"),
+    [
+        ("detectors", DETECTORS, {"anisotropi": {"norm_weight": 3}}, "unknown detector anisotropi; there are: aniso"),
+        ("detectors", DETECTORS, {"sharpness": {"method": "exakt"}}, "model mine: sharpness: method = exakt is not"),
+        ("mitigations", MITIGATIONS, {"sail": {"alfa": 1}}, "model mine: sail has no setting 'alfa'"),
+    ],
+)
+def test_settings_of_a_model_are_checked_before_they_are_needed(tmp_path, kind, methods, given, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"ids: [a/b]\nsettings: {{{kind}: {given}}}\n")
+    with pytest.raises(InputError, match=said):
+        find_model(str(path)).settings_of(kind, methods)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_settings_of_known_models_are_those_of_methods(name):
+    spec = find_model(name)
+    assert spec.settings_of("detectors", DETECTORS) == spec.settings.get("detectors", {})
+    assert spec.settings_of("mitigations", MITIGATIONS) == spec.settings.get("mitigations", {})
 
 
 @pytest.mark.parametrize(

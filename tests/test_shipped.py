@@ -65,7 +65,7 @@ def test_any_stable_diffusion_pipeline_loads_and_runs_it(model):
 
 
 def test_committed_scores_come_from_these_weights_and_this_code(model):
-    folder = ROOT / "results" / model
+    folder = ROOT / "results" / "detection" / model / "main"
     run, (rows, _) = read_json(folder / "run.json"), read_lines(folder / "scores.jsonl")
     settings = run["settings"]
     pipe = load_pipeline(find_model(model), "float32", torch.device("cpu"))
@@ -83,9 +83,9 @@ def test_committed_scores_come_from_these_weights_and_this_code(model):
 
 
 def test_configured_weights_are_the_fitted_ones(model):
-    fitted = yaml.safe_load((ROOT / "results" / model / "calibration.yaml").read_text())
+    fitted = yaml.safe_load((ROOT / "results" / "detection" / model / "main" / "calibration.yaml").read_text())
     settings = fitted["detectors"]["anisotropy"]["settings"]
-    configured = find_model(model).settings_of("detectors")["anisotropy"]
+    configured = find_model(model).settings["detectors"]["anisotropy"]
     assert {key: settings[key] for key in configured} == configured
 
 
@@ -102,7 +102,7 @@ def test_the_pixel_models_give_back_duplicates_and_amg_keeps_them_from_it():
 
 @pytest.mark.parametrize("name", ["testbed-eps", "pixel-uncond", "pixel-class"])
 def test_the_tables_of_amg_belong_to_the_shipped_models(name):
-    folder = ROOT / "results" / "studies" / "amg" / name
+    folder = ROOT / "results" / "amg" / name
     settings = read_json(folder / "run.json")["settings"]
     weights = (ROOT / "testbed" / "models" / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     one = hashlib.sha256(hashlib.sha256(weights).digest()).hexdigest()

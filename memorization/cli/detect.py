@@ -43,7 +43,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
                "(default: pixel)",
         normalization="None, L1 or L2: divide each noise prediction by its norm first (default: None)")
     add("--sequential", action="store_true",
-        help="1, 2, 4, 8 noises, more for undecided prompts alone; needs a --calibration made with --num-images 8")
+        help="1, 2, 4, 8 noises, more for undecided prompts alone; needs a --calibration made with --noises 8")
     add("--explain", action="store_true",
         help="print, and draw to tokens.png, which tokens trigger the flagged prompts (else the ten highest)")
     add("--measure-costs", action="store_true", help="write each detector's cost alone, by four prompts, to costs.json")
@@ -54,7 +54,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     if args.calibration == "none":
         args.calibration = None
     if args.sequential and not args.calibration:
-        parser.error("--sequential needs --calibration FILE, made with --num-images 8")
+        parser.error("--sequential needs --calibration FILE, made with --noises 8")
     if args.pictures and (args.prompts or args.memorized or args.explain or args.sequential or args.measure_costs):
         parser.error("--images goes without prompt lists, --explain, --sequential and --measure-costs")
     if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
@@ -106,7 +106,7 @@ def main(arguments: Arguments = None) -> None:
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures))
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
-    out = args.out or default_out(spec.name)
+    out = args.out or default_out("detection", spec.name, "main")
     store = detect(model, listed, detectors, scoring, calibration=calibration, out=out, overwrite=args.overwrite)
     threshold = calibration.thresholds.get(first or "")
     print_summary(store.rows, first, threshold, out / "scores.jsonl")

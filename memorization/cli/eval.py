@@ -1,8 +1,8 @@
 """Evaluate scored runs: metrics table with 95% intervals, metrics.json and pictures in each run's folder.
 
   python detect_eval.py                                 every run under results/
-  python detect_eval.py results/testbed-eps --format csv
-  python detect_eval.py results/testbed-eps --calibrate mine.yaml --fpr 0.01
+  python detect_eval.py results/detection/testbed-eps/main --format csv
+  python detect_eval.py results/detection/testbed-eps/main --calibrate mine.yaml --fpr 0.01
 
 Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
 TPR@1% is the largest TPR with FPR <= 1%; the FPR realised there and the number of negatives stand beside it. Intervals
@@ -19,7 +19,6 @@ from pathlib import Path
 from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.paths import ROOT
-from memorization.settings import Resamples
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -29,7 +28,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     # fmt: off
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: every run under results/)")
     add("--format", choices=["md", "csv", "json"], default="md", help="of the table (default: %(default)s)")
-    add_flags(parser, "--resamples", default=2000, type=value(Resamples))
+    add_flags(parser, "--resamples", default=2000)
     add("--weights", nargs=2, type=value(float), metavar=("NORM", "COSINE"),
         help="one more row: the sum of the two terms with these weights, as in --weights 1 2")
     add("--no-plots", action="store_true", help="draw no pictures")
@@ -46,9 +45,11 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
 
 
 def every_run() -> list[Path]:
-    """The folders of all runs under ``results/``."""
-    found = (path.parent for path in (ROOT / "results").glob("**/run.json") if "studies" not in path.parts)
-    return sorted(found)
+    """The folders of all detection runs under ``results/``."""
+    from memorization.io.files import read_json
+
+    found = (ROOT / "results").glob("**/run.json")
+    return sorted(path.parent for path in found if "detectors" in read_json(path)["settings"])
 
 
 def main(arguments: Arguments = None) -> None:
@@ -103,12 +104,14 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
     if style == "json":
         print(json.dumps(all_metrics, indent=1))
     elif style == "csv":
-        frames = [table(metrics).assign(run=printable(metrics["run"])) for metrics in all_metrics]
+        frames = [
+            table(metrics).assign(model=metrics["model"], run=printable(metrics["run"])) for metrics in all_metrics
+        ]
         pd.concat(frames).to_csv(sys.stdout, index=False)
     else:
         for metrics in all_metrics:
             counts = metrics["counts"]
-            print(f"\n### {printable(metrics['run'])}: {counts['memorized']} memorized, "
+            print(f"\n### {printable(metrics['model'])}, {printable(metrics['run'])}: {counts['memorized']} memorized, "
                   f"{counts['not_memorized']} not memorized, {counts['families']} families\n")  # fmt: skip
             print(markdown(table(metrics)))
             if metrics["paired"]:

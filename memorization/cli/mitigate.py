@@ -43,7 +43,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add_flags(parser, "--noises", help="noises a prompt (default: as calibrated, else 4)")
     add_flags(parser, "--seed", "--steps", "--guidance-scale", "--clip", "--sscd", "--dtype", "--device",
         "--batch-size")
-    add_flags(parser, "--out", help="default: results/local/<model>-<method>")
+    add_flags(parser, "--out", help="default: results/local/mitigated/<model>/<method>")
     add_flags(parser, "--overwrite")
     # fmt: on
     args = parser.parse_args(arguments)
@@ -88,7 +88,7 @@ def main(arguments: Arguments = None) -> None:
     plan.calibrated(args.model, mitigation, calibration)  # what is missing is said before the model is loaded
     prompts = prompts_of(spec, args.prompts)
     model = load_model(args.model, device=args.device, dtype=args.dtype)
-    out = args.out or default_out(f"{spec.name}-{args.method}")
+    out = args.out or default_out("mitigated", spec.name, args.method)
     result = mitigate_list(model, prompts, mitigation, plan, calibration=calibration, clip=args.clip, sscd=args.sscd,
                            out=out, overwrite=args.overwrite)  # fmt: skip
     if result.kept is None:

@@ -136,7 +136,7 @@ def draw(run: Run, folder: Path) -> None:
     scores = {name: run.scores(run.scored, name, run.noises) for name in run.names}
     if not scores:
         return
-    title = f"{Path(run.name).name}, n = {run.noises}"
+    title = f"{run.settings['model']}, n = {run.noises}"
     plots.draw_roc(labels, scores, folder / "roc.png", title)
     plots.draw_distributions(labels, scores, folder / "distributions.png", title)
     if set(SUMMED) <= set(scores):

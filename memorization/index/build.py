@@ -195,7 +195,7 @@ def own_index(spec: ModelSpec) -> Path:
     source = spec.own_list()
     if source is None or not source.is_file() or "image" not in read_prompts(source):
         raise InputError(f"model {spec.name!r} has no list of training pictures: python -m memorization.index build")
-    folder = default_out(f"{spec.name}-index")
+    folder = default_out("index", spec.name)
     build_index(source, folder, "pixels", (64, 64))
     return folder
 

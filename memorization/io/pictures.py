@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from memorization.errors import InputError
@@ -32,6 +32,8 @@ def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     try:
         picture = _in_bytes(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert("RGB")
         return np.asarray(picture.resize(size[::-1], Image.Resampling.LANCZOS) if size else picture)
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: no picture that can be read (of no known format)") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: no picture that can be read ({error})") from None
 

@@ -49,10 +49,11 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
         InputError: the file is missing, empty, not UTF-8, malformed, or has no ``prompt`` column.
     """
     path = Path(path)
+    text = _read_text(path)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix not in readers:
         raise InputError(f"{path}: prompt lists are .txt, .csv or .jsonl files, not '{path.suffix}'")
-    frame = readers[path.suffix](path, _read_text(path))
+    frame = readers[path.suffix](path, text)
     blank_lines = frame.attrs.get("blank_lines", 0)
     frame.columns = _columns(path, frame.columns, extra)
     if "prompt" not in frame:
@@ -118,13 +119,9 @@ def listed(prompts: Sequence[str] | pd.DataFrame | str | Path) -> Listed:
 
 def with_families(frame: pd.DataFrame) -> pd.DataFrame:
     """A labelled list that does not name the family of every prompt gets all of them, by near-copies."""
-    if "label" in frame and ("family" not in frame or not frame["family"].map(_is_named).all()):
+    if "label" in frame and ("family" not in frame or (frame["family"].isna() | (frame["family"] == "")).any()):
         frame["family"] = near_copy_families(frame["prompt"].tolist())
     return frame
-
-
-def _is_named(family: object) -> bool:
-    return bool(family) and family == family  # a missing one is NaN
 
 
 def _columns(path: Path, names: Iterable[object], extra: Sequence[str]) -> list[str]:

@@ -69,8 +69,6 @@ def _get(origin: str) -> bytes:
     thread.start()
     thread.join(LONGEST)
     got = answer.get(origin, TimeoutError(f"not whole after {LONGEST} seconds"))
-    if isinstance(got, InputError):
-        raise got
     if isinstance(got, Exception):
         reason = getattr(got, "reason", None) or getattr(got, "strerror", None) or got
         raise InputError(f"{origin}: cannot be had ({reason}); --from DIR|URL names a mirror") from None

@@ -11,7 +11,8 @@ import yaml
 
 from memorization.errors import InputError
 from memorization.paths import CONFIGS, ROOT
-from memorization.settings import Checked, NotNegative, make
+from memorization.registry import Registry
+from memorization.settings import Checked, NotNegative, fitted, make
 
 FILES = ("clip", "calibration", "reference")  # fields that name a file or folder; clip may be a hub id
 
@@ -47,9 +48,14 @@ class ModelSpec(Checked):
     reference: str | None = None
     description: str = ""
 
-    def settings_of(self, kind: Literal["detectors", "mitigations"]) -> dict[str, dict]:
-        """Method -> its settings, a copy."""
-        return {name: dict(values) for name, values in self.settings.get(kind, {}).items()}
+    def settings_of(self, kind: Literal["detectors", "mitigations"], methods: Registry) -> dict[str, dict]:
+        """Method -> its settings, checked whether or not it is used.
+
+        Raises:
+            InputError: there is no such method or setting, or a value makes no sense.
+        """
+        known = self.settings.get(kind, {}).items()
+        return {name: fitted(methods.find(name), values, f"model {self.name}: {name}") for name, values in known}
 
     def lists(self) -> dict[str, Path]:
         """Role -> file of its prompt lists.

@@ -27,7 +27,7 @@ def calibrate(run: Run, target: float) -> dict:
     rows = run.without_split("test")
     labels = rows["label"].to_numpy()
     if run.settings.get("sequential"):
-        raise InputError(f"{run.name}: a sequential run cannot calibrate; use one with a fixed --num-images")
+        raise InputError(f"{run.name}: a sequential run cannot calibrate; use one with a fixed --noises")
     if set(labels) != {0, 1}:
         raise InputError(f"{run.name}: the calibration rows have one class only; both are needed")
     detectors = {}

@@ -77,7 +77,7 @@ def scoring_detectors(
         InputError: a mitigation lowers what no single trace gives.
     """
     names = dict.fromkeys([SCORED_BY, *(mitigation.lowers for mitigation in mitigations if mitigation.lowers)])
-    settings = spec.settings_of("detectors")
+    settings = spec.settings_of("detectors", DETECTORS)
     for name, own in calibrated_settings(calibration).items():
         settings[name] = {**settings.get(name, {}), **own}
     made = make_detectors(list(names), settings)

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, make_detectors
-from memorization.errors import printable
+from memorization.errors import InputError, printable
 from memorization.evaluation.bands import ROUNDS
 from memorization.evaluation.calibration import Calibration
 from memorization.io.prompts import Listed
@@ -68,11 +68,14 @@ def configured_detectors(
         holds_for: what the calibration has to hold for, besides the settings.
 
     Raises:
-        InputError: there is none of a name or such a setting, or the calibration holds for something else.
+        InputError: there is none of a name or such a setting, settings are of another detector, or the calibration
+            holds for something else.
     """
     asked = {name: fitted(DETECTORS.find(name), values, name) for name, values in asked.items()}
+    if idle := [name for name in asked if not {name, "all"} & set(names)]:
+        raise InputError(f"settings of {idle[0]}, which is not among the detectors: {', '.join(names)}")
     calibration.check(holds_for, asked)
-    of_model = spec.settings_of("detectors")
+    of_model = spec.settings_of("detectors", DETECTORS)
     layers = (of_model, calibrated_settings(calibration), asked)
     known = {name for layer in layers for name in layer}
     return make_detectors(

@@ -99,7 +99,7 @@ def configured_mitigation(
         InputError: there is no such method or setting, or no index where one is needed.
     """
     cls = MITIGATIONS.find(name)
-    settings = fitted(cls, {**spec.settings_of("mitigations").get(name, {}), **asked}, name)
+    settings = fitted(cls, {**spec.settings_of("mitigations", MITIGATIONS).get(name, {}), **asked}, name)
     if cls.needs_index:
         if index or "index" not in settings:
             settings["index"] = str(index or own_index(spec))

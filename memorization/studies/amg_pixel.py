@@ -96,7 +96,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="default: %(default)s")
     add_flags(parser, "--device", "--resamples")
     add_flags(parser, "--seed", default=0, help="of the noise (default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="default: results/local/amg_pixel/<model>-<sampler>")
+    add("--out", type=Path, metavar="DIR", help="default: results/local/amg/<model>-<sampler>")
     return parser.parse_args(arguments)
 
 
@@ -109,7 +109,7 @@ def main(arguments: Arguments = None) -> None:
         raise InputError(f"{args.index}: its captions are the classes; there are {known}, the model has {classes}")
     side, seen = pipe.unet.config.sample_size, Index(args.reference)
     judge = Judge(TrainingPictures(index.pictures((side, side))), clip)
-    out = args.out or ROOT / "results/local/amg_pixel" / f"{Path(args.model).name}-{args.sampler}"
+    out = args.out or ROOT / "results/local/amg" / f"{Path(args.model).name}-{args.sampler}"
     settings = {
         "model": Path(args.model).name, **{name: vars(args)[name] for name in ("count", "steps", "sampler", "seed")},
         "revision": revision_of(pipe), "judge": judge.description, "index": index.digest,

@@ -19,13 +19,11 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.evaluation.metrics import family_weights, measure
 from memorization.evaluation.text_baselines import capitals, naive_bayes
-from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
-from memorization.io.families import near_copy_families
+from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
 from memorization.io.files import write_atomically
-from memorization.io.prompts import read_pair, read_prompts
+from memorization.io.prompts import read_pair, read_prompts, with_families
 from memorization.io.tables import markdown
 from memorization.paths import ROOT
-from memorization.settings import Resamples
 
 PUBLISHED = {  # benchmark: (memorized, not memorized)
     "SD 1.4, usual": ("sd1_mem.txt", "sd1_nmem.txt"),
@@ -143,10 +141,7 @@ def read_benchmarks(args) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]
             if "kind" in kinds:
                 frames[title]["kind"] = kinds["kind"].reindex(range(len(frames[title]))).to_numpy()
         lists = {name: read_prompts(args.lists / name)["prompt"].tolist() for name in names}
-    for frame in frames.values():
-        if "family" not in frame or not frame["family"].map(bool).all():
-            frame["family"] = near_copy_families(frame["prompt"].tolist())
-    return frames, lists
+    return {title: with_families(frame) for title, frame in frames.items()}, lists
 
 
 def main(arguments: Arguments = None) -> None:
@@ -155,8 +150,8 @@ def main(arguments: Arguments = None) -> None:
     add("--prompts", type=Path, metavar="FILE", help="audit this labelled list instead of the field's")
     add("--lists", type=Path, default=ROOT / "prompts" / "published", help="default: prompts/published")
     add("--tokenizer", metavar="FOLDER|HUB_ID", help="of CLIP, to count prompts over 77 tokens (default: not counted)")
-    add_flags(parser, "--resamples", type=value(Resamples))
-    add("--out", type=Path, default=Path("results/studies/benchmark_audit"), help="default: %(default)s")
+    add_flags(parser, "--resamples")
+    add_flags(parser, "--out", default=Path("results/studies/benchmark_audit"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
     frames, lists = read_benchmarks(args)

@@ -170,12 +170,16 @@ class Comparison:
         return self.store.folder / safe_name(row) / f"{number:04d}-{noise}.png"
 
     def pictures(self, row: str, number: int) -> np.ndarray:
-        """Of an item of a row, uint8 ``(noises, h, w, 3)``."""
+        """Of an item of a row, uint8 ``(noises, h, w, 3)``.
+
+        Raises:
+            InputError: its line is there, but they are not, as in a folder that was copied without them.
+        """
         found = []
         while (path := self.path(row, number, len(found))).exists():
             found.append(read_picture(path, None))
         if not found:
-            raise InputError(f"{path}: is not there; start anew in another --out")
+            raise InputError(f"{path}: not there, though its line is; choose another --out")
         return np.stack(found)
 
 

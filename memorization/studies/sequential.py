@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from memorization.detectors.base import DETECTORS
+from memorization.detectors.base import DEFAULT_DETECTORS, DETECTORS
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
 from memorization.evaluation.metrics import family_weights, measure, noise_mean, threshold_at
@@ -72,13 +72,13 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
 def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("run", type=Path, help="a run made with --num-images 8 on a list with validation and test rows")
-    add("--detector", default="anisotropy", help="default: %(default)s")
+    add("run", type=Path, help="a run made with --noises 8 on a list with validation and test rows")
+    add("--detector", default=DEFAULT_DETECTORS[0], help="default: %(default)s")
     add_flags(parser, "--fpr", "--resamples")
     args = parser.parse_args(arguments)
     settings = read_run_record(args.run)["settings"]
     if settings.get("num_images") != ROUNDS[-1] or settings.get("sequential"):
-        raise InputError(f"{args.run}: needs a run with a fixed --num-images {ROUNDS[-1]}")
+        raise InputError(f"{args.run}: needs a run with a fixed --noises {ROUNDS[-1]}")
     rows = pd.DataFrame(read_lines(args.run / "scores.jsonl")[0])
     if not {"label", "split", args.detector} <= set(rows):
         raise InputError(f"{args.run}: needs labels, a column 'split' and scores by {args.detector}")
@@ -91,7 +91,7 @@ def main(arguments: Arguments = None) -> None:
         raise InputError(f"{args.run}: {error}") from None
     print(markdown(table.round(3)))
     write_atomically(args.run / "sequential.csv", table.round(4).to_csv(index=False))
-    draw(table, args.run / "sequential.png", f"{args.run.name}: {args.detector}")
+    draw(table, args.run / "sequential.png", f"{settings['model']}: {args.detector}")
     print(f"{args.run}/sequential.csv, sequential.png")
 
 

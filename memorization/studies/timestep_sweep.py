@@ -115,7 +115,7 @@ def main(arguments: Arguments = None) -> None:
         "--every",
         type=value(Count),
         default=5,
-        help="steps of the 50-step grid between timesteps (default: %(default)s)",
+        help="steps of the 50-step grid between two (default: %(default)s)",
     )
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
     args = parser.parse_args(arguments)

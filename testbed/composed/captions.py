@@ -1,0 +1,164 @@
+"""Captions and what the models see of them.
+
+A caption names an object, a colour and a pattern, and has a title of made-up words that no other caption has: overly
+specific words are the key to memorized pictures in real captions too. What it leaves open is drawn afresh at each
+visit, but for what is ``fixed``:
+
+- ``verbatim``: everything, one picture;
+- ``object``: the object's place, size and light, on fresh backgrounds;
+- ``background``: the pattern's phase, angle, period, shades and grain, under fresh objects;
+- ``ordinary``: nothing;
+- ``held-out``: nothing, and neither the caption nor its combination of object, colour and pattern is ever seen.
+
+Beside these listed captions there is the bulk: at each visit another title and combination, seen once.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from testbed.composed.scenes import (
+    BACKGROUND_COLUMNS,
+    COLOURS,
+    NAMED,
+    OBJECT_COLUMNS,
+    OBJECTS,
+    PATTERNS,
+    PLACE,
+    random_scenes,
+)  # fmt: skip
+
+SEED = 0
+# kind -> (visits in the early stages, in the late ones) -> captions. Dense where copies set in.
+LEVELS = {
+    "verbatim": {(100, 50): 11, (200, 100): 11, (400, 200): 16, (600, 300): 23, (800, 400): 23, (1000, 500): 25,
+                 (1300, 600): 25, (1700, 700): 28, (2200, 850): 25, (3000, 1000): 16},
+    "object": {(300, 150): 11, (600, 300): 18, (1000, 500): 25, (1500, 650): 25, (2300, 850): 18},
+    "background": {(300, 150): 11, (600, 300): 18, (1000, 500): 25, (1500, 650): 25, (2300, 850): 18},
+    "ordinary": {(50, 10): 338, (600, 150): 101, (2000, 500): 33},
+    "held-out": {(0, 0): 271},
+}  # fmt: skip
+FIXED = {
+    "verbatim": OBJECT_COLUMNS + BACKGROUND_COLUMNS, "object": OBJECT_COLUMNS, "background": BACKGROUND_COLUMNS,
+}  # fmt: skip
+COLUMN = {"early": "early", "late": "visits"}
+FORMS = (
+    "{title}, {object} on {colour} {pattern}",
+    "{object} on {colour} {pattern}, {title}",
+    "{title}: {colour} {pattern} behind {object}",
+    "{title} with {object} over {colour} {pattern}",
+    "{colour} {pattern} and {object} by {title}",
+    "picture of {object}, {colour} {pattern}, {title}",
+)
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in ("a", "e", "i", "o", "u")]
+SYLLABLES = [s + end for s, end in zip(SYLLABLES, "nrlsx" * 14, strict=True)]  # 70: ban, der, fil, gos, ...
+
+
+def titles(rng: np.random.Generator, count: int) -> list[str]:
+    """Two words of two syllables each, as in ``Benxor Tilsam``."""
+    drawn = rng.integers(len(SYLLABLES), size=(count, 4))
+    return [f"{SYLLABLES[a]}{SYLLABLES[b]} {SYLLABLES[c]}{SYLLABLES[d]}".title() for a, b, c, d in drawn]
+
+
+def with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def compose(named: np.ndarray, title: list[str], form: np.ndarray) -> list[str]:
+    """Captions of scene rows: ``named (n, 3)`` holds object, colour and pattern, ``form (n,)`` the sentence form."""
+    objects, colours = list(map(with_article, OBJECTS)), list(COLOURS)
+    return [
+        FORMS[f].format(title=t, object=objects[o], colour=colours[c], pattern=PATTERNS[p])
+        for (o, c, p), t, f in zip(named.astype(int).tolist(), title, form.tolist(), strict=True)
+    ]
+
+
+def make_captions() -> tuple[pd.DataFrame, np.ndarray]:
+    """The listed captions, and a scene row for each: what is fixed of it stands there.
+
+    Columns: ``prompt, kind, early, visits, title, object, colour, pattern, split``; ``early`` and ``visits`` count its
+    visits in the early and in the late stage of a training. All combinations differ. ``split`` deals every kind and
+    level out, two captions to ``test`` and one to ``validation`` in turn.
+    """
+    rng = np.random.default_rng(SEED)
+    wanted = [(kind, *visits) for kind, levels in LEVELS.items() for visits, n in levels.items() for _ in range(n)]
+    combinations = np.array(list(product(range(len(OBJECTS)), range(len(COLOURS)), range(len(PATTERNS)))))
+    # Every object, colour and pattern is about as frequent in one kind as in another.
+    rows = random_scenes(rng, len(wanted))
+    rows[:, : len(NAMED)] = combinations[rng.permutation(len(combinations))[: len(wanted)]]
+    title = list(dict.fromkeys(titles(rng, 2 * len(wanted))))[: len(wanted)]
+    prompts = compose(rows[:, : len(NAMED)], title, rng.integers(len(FORMS), size=len(wanted)))
+    kinds, early, visits = zip(*wanted, strict=True)
+    frame = pd.DataFrame({"prompt": prompts, "kind": kinds, "early": early, "visits": visits, "title": title})
+    for column, names in zip(NAMED, (list(OBJECTS), list(COLOURS), PATTERNS), strict=True):
+        frame[column] = [names[int(i)] for i in rows[:, PLACE[column]]]
+    # The order within a level is random already, so every second caption will do.
+    place = frame.groupby(["kind", "visits"]).cumcount()
+    frame["split"] = np.where(place % 3 == 2, "validation", "test")
+    return frame, rows
+
+
+class Visits:
+    """What a diffusion model sees: a scene and a caption at each visit.
+
+    Args:
+        stage: ``early`` or ``late``.
+        fixed: share of the captioned visits that show something fixed. The listed captions share these, and visits of
+            their own, in the proportion of their levels; the rest is the bulk.
+        empty: share of empty captions. They show fresh scenes, but for a hundredth of them.
+
+    Raises:
+        ValueError: the listed captions need more visits than there are.
+    """
+
+    EMPTY_FIXED = 0.01
+
+    def __init__(self, stage: Literal["early", "late"], fixed: float, empty: float) -> None:
+        self.captions, self.rows = make_captions()
+        self.empty = empty
+        kind, levels = self.captions["kind"].to_numpy(), self.captions[COLUMN[stage]].to_numpy()
+        is_fixed = np.isin(kind, list(FIXED))
+        share = fixed * levels / levels[is_fixed].sum()
+        if share.sum() > 1:
+            raise ValueError(f"with a share of {fixed:g} for fixed pictures the listed captions need too many visits")
+        self.share = np.append(share, 1 - share.sum())  # the last is the bulk
+        self.of_kind = [np.flatnonzero(kind == name) for name in FIXED]
+        self.weight_of_fixed = np.where(is_fixed, levels, 0) / levels[is_fixed].sum()
+        held = self.rows[kind == "held-out", : len(NAMED)].astype(int)
+        self.held_out = {tuple(row) for row in held.tolist()}
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:
+        """Scene rows ``(count, fields)`` and captions."""
+        bulk = len(self.rows)
+        chosen = rng.choice(bulk + 1, count, p=self.share)
+        emptied = rng.random(count) < self.empty
+        shown = rng.random(count) < self.EMPTY_FIXED
+        any_fixed = rng.choice(bulk, count, p=self.weight_of_fixed)
+        chosen = np.where(emptied, np.where(shown, any_fixed, bulk), chosen)
+        rows = self._fresh(rng, count)
+        listed = np.flatnonzero(chosen < bulk)
+        of = chosen[listed]
+        rows[listed, : len(NAMED)] = self.rows[of, : len(NAMED)]
+        for columns, members in zip(FIXED.values(), self.of_kind, strict=True):
+            places = listed[np.isin(of, members)]
+            rows[np.ix_(places, columns)] = self.rows[np.ix_(chosen[places], columns)]
+        title = titles(rng, count)
+        captions = compose(rows[:, : len(NAMED)], title, rng.integers(len(FORMS), size=count))
+        prompts = self.captions["prompt"].to_numpy()
+        for place in listed:
+            captions[place] = prompts[chosen[place]]
+        return rows, ["" if e else caption for e, caption in zip(emptied, captions, strict=True)]
+
+    def _fresh(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Random scenes; a combination that is held out is drawn again."""
+        rows = random_scenes(rng, count)
+        named = slice(0, len(NAMED))
+        while len(
+            again := [i for i, row in enumerate(rows[:, named].astype(int).tolist()) if tuple(row) in self.held_out]
+        ):
+            rows[again, named] = random_scenes(rng, len(again))[:, named]
+        return rows
