@@ -45,11 +45,17 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
 
 
 def every_run() -> list[Path]:
-    """The folders of all detection runs under ``results/``."""
-    from memorization.io.files import read_json
+    """The folders of all detection runs under ``results/``, and of those of which nobody can say what they are."""
+    return sorted(path.parent for path in (ROOT / "results").glob("**/run.json") if not _of_another_kind(path))
 
-    found = (ROOT / "results").glob("**/run.json")
-    return sorted(path.parent for path in found if "detectors" in read_json(path)["settings"])
+
+def _of_another_kind(path: Path) -> bool:
+    from memorization.io.records import read_record
+
+    try:
+        return "detectors" not in read_record(path)["settings"]
+    except InputError:
+        return False  # it is left out with a line, not silently
 
 
 def main(arguments: Arguments = None) -> None:
