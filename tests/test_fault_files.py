@@ -430,7 +430,7 @@ def test_shell_scripts_resolve_the_callers_paths(tmp_path, script):
         timeout=20, env={**os.environ, "PYTHON": "./stub", "RESULTS": "out", "DETECT_FLAGS": "--prompts mine.txt"},
     )  # fmt: skip
     said = done.stdout.splitlines()
-    assert str(tmp_path / "model") in said and any(line.startswith(f"{tmp_path}/out/model") for line in said), (
-        done.stdout + done.stderr
+    made = any(line.startswith(f"{tmp_path}/out/model") for line in said)
+    assert str(tmp_path / "model") in said and made, done.stdout + done.stderr
     )
     assert script != "run_detection.sh" or str(tmp_path / "mine.txt") in said
