@@ -432,5 +432,4 @@ def test_shell_scripts_resolve_the_callers_paths(tmp_path, script):
     said = done.stdout.splitlines()
     made = any(line.startswith(f"{tmp_path}/out/model") for line in said)
     assert str(tmp_path / "model") in said and made, done.stdout + done.stderr
-    )
     assert script != "run_detection.sh" or str(tmp_path / "mine.txt") in said
