@@ -301,7 +301,7 @@ def test_one_bad_run_below_results_is_skipped(tmp_path, monkeypatch, capsys):
         (tmp_path / "results" / name / "run.json").write_text(content)
     eval_command.main(["--resamples", "100", "--no-plots"])
     out, err = capsys.readouterr()
-    assert "### good" in out and err.count("left out: ") == 3
+    assert ", good: 4 memorized" in out and err.count("left out: ") == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
