@@ -551,6 +551,14 @@ def test_families_are_as_they_are_defined(prompts, small):
         families.SMALL = plain
 
 
+@pytest.mark.parametrize("name", ["testbed", "testbed-v"])
+def test_families_of_the_shipped_lists(name):
+    from memorization.io.prompts import near_copy_families
+
+    prompts = read_prompts(ROOT / "prompts" / f"{name}.csv")["prompt"].tolist()
+    assert near_copy_families(prompts) == by_definition(prompts)
+
+
 @pytest.mark.parametrize(
     "pattern", ["a picture of thing number {i} in blue", "prompt {i}", "same prompt", "{i} {j} of {k}"]
 )
