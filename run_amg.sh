@@ -8,6 +8,7 @@
 #   MEMORIZED=4 ORDINARY=2 COUNT=64 ABLATED=no RESULTS=results/local/quick bash run_amg.sh testbed-v    a quick look
 # A killed run goes on where it stopped.
 set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
 
 MEMORIZED=${MEMORIZED:-20}               # prompts that the model has memorized
 ORDINARY=${ORDINARY:-8}                  # prompts that it has not
@@ -15,9 +16,8 @@ COUNT=${COUNT:-256}                      # pictures of a pixel-space model
 ABLATED=${ABLATED:-yes}                  # testbed-eps: fine-tune the ablated model first, if it is not there
 RESULTS=${RESULTS:-results/local/amg}
 
-source "$(dirname "$0")/setup_env.sh"
-
-models=("$@")
+models=()
+for argument in "$@"; do models+=("$(placed "$argument")"); done
 [ ${#models[@]} -gt 0 ] || models=(testbed-eps)
 for model in "${models[@]}"; do
     ablated=()

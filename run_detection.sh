@@ -7,13 +7,12 @@
 #   bash run_detection.sh --all-detectors      every detector, with what each costs: into results/local/detection/<model>/all
 #   DETECT_FLAGS="--variant eps" RESULTS=results/local/eps bash run_detection.sh testbed-v
 set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
 
 NUM_IMAGES=${NUM_IMAGES:-4}        # noises per prompt; the table shows n = 1 and n = NUM_IMAGES
 SEEDS=${SEEDS:-51}                 # the paper's: 51 53 42
 RESULTS=${RESULTS:-results/local/detection}  # gets <model>/<run>
 DETECT_FLAGS=${DETECT_FLAGS:-}     # further flags of detect_mem.py
-
-source "$(dirname "$0")/setup_env.sh"
 
 name=main
 models=()
@@ -22,7 +21,7 @@ for argument in "$@"; do
         name=all
         DETECT_FLAGS="--detectors all --measure-costs --dtype float32 $DETECT_FLAGS"
     else
-        models+=("$argument")
+        models+=("$(placed "$argument")")
     fi
 done
 if [ ${#models[@]} -eq 0 ]; then
@@ -31,6 +30,12 @@ if [ ${#models[@]} -eq 0 ]; then
         models+=(sd14 sd2)
     fi
 fi
+
+flags=()
+for word in $DETECT_FLAGS; do
+    case $word in *[./]*) word=$(placed "$word") ;; esac
+    flags+=("$word")
+done
 
 runs=()
 failed=()
@@ -41,8 +46,7 @@ for model in "${models[@]}"; do
     for seed in $SEEDS; do
         run="$RESULTS/$(basename "$model")/$name"
         [ "$seed" = 51 ] || run="$run-seed$seed"
-        # shellcheck disable=SC2086
-        if "$PYTHON" detect_mem.py --model "$model" --noises "$NUM_IMAGES" --seed "$seed" --out "$run" $DETECT_FLAGS
+        if "$PYTHON" detect_mem.py --model "$model" --noises "$NUM_IMAGES" --seed "$seed" --out "$run" "${flags[@]}"
         then runs+=("$run"); else failed+=("$model, seed $seed"); fi
     done
 done

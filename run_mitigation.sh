@@ -8,15 +8,15 @@
 #   METHODS=anisotropy,sail bash run_mitigation.sh
 # Runs go to RESULTS/<model>; a killed run goes on where it stopped.
 set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
 
 MEMORIZED=${MEMORIZED:-16}                       # prompts that the model has memorized
 ORDINARY=${ORDINARY:-8}                          # prompts that it has not: what the method does to them
 METHODS=${METHODS:-all}                          # names from docs/mitigations.md
 RESULTS=${RESULTS:-results/local/mitigation}     # gets a folder a model
 
-source "$(dirname "$0")/setup_env.sh"
-
-models=("$@")
+models=()
+for argument in "$@"; do models+=("$(placed "$argument")"); done
 [ ${#models[@]} -gt 0 ] || models=(testbed-eps testbed-v)
 for model in "${models[@]}"; do
     "$PYTHON" -m memorization.studies.mitigation_tradeoff --model "$model" --memorized "$MEMORIZED" \

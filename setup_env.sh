@@ -1,7 +1,24 @@
 # Sourced by run_*.sh: the active environment if it has the pinned packages, else a virtual environment in .venv,
-# made and filled when it is missing or requirements.txt has changed. Afterwards $PYTHON runs the project.
+# made and filled when it is missing or requirements.txt has changed. Afterwards $PYTHON runs the project, the working
+# folder is the project's, RESULTS is what the caller meant, and `placed NAME` is a file of the caller's as it is called
+# from here. A script that was given --help prints its head, which explains it, and ends.
 
+if [ "$(basename "$0")" != run_tests.sh ] && [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    sed -n '2,${/^#/!q; s/^# \{0,1\}//p;}' "$0"
+    exit 0
+fi
+
+CALLER=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# A name that is a file or folder where the caller stands; a model's name stays one.
+placed() {
+    if [ "$CALLER" != "$PWD" ] && [ -e "$CALLER/$1" ] && [ "${1:0:1}" != / ] && [ ! -e "memorization/configs/$1.yaml" ]
+    then echo "$CALLER/$1"; else echo "$1"; fi
+}
+
+case ${RESULTS:-} in '' | /*) ;; *) [ "$CALLER" = "$PWD" ] || RESULTS=$CALLER/$RESULTS ;; esac
+case ${PYTHON:-} in /*) ;; */*) PYTHON=$CALLER/$PYTHON ;; esac
 
 has_requirements() {
     "$1" - <<'PY' 2>/dev/null

@@ -6,15 +6,19 @@ A flag means one thing everywhere: what several commands take is described here 
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from memorization.errors import InputError
-from memorization.settings import Count, NotNegative, Resamples, Seed, Share, Steps, Unfit, described, fit
+from memorization.errors import InputError, printable
+from memorization.settings import Count, NotNegative, Rate, Resamples, Seed, Steps, Unfit, described, fit
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -72,7 +76,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--overwrite": dict(action="store_true", help="start anew in a folder that holds a run"),
     "--resamples": dict(type=value(Resamples), default=1000, metavar="N",
         help="of the bootstrap over families (default: %(default)s)"),
-    "--fpr": dict(type=value(Share), default=0.01,
+    "--fpr": dict(type=value(Rate), default=0.01, metavar="X",
         help="false positive rate of a threshold (default: %(default)s)"),
     "--split": dict(choices=["validation", "test", "all"], default="validation",
         help="rows of the list, where it has splits (default: %(default)s)"),
@@ -121,20 +125,67 @@ def assigned(text: str) -> tuple[str, str]:
     return name, given
 
 
+class Terminated(BaseException):
+    """The process was asked to end."""
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a command's main: exit status 2 and one line on standard error for an :class:`InputError`."""
+    """Run a command's main; whatever happens, standard error says it in one line.
+
+    Exit status 2 for an :class:`InputError`; 1 where it was interrupted or terminated, where the reader of its output
+    has gone, and for what nobody foresaw, whose traceback goes to a file.
+    """
     quiet_libraries()
+    _prepare_streams()
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stderr.close()
+        _end(f"error: {error}", 2)
+    except BrokenPipeError:  # as in `| head`; what is left in the buffer goes nowhere, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(1)
+        _end("interrupted", 1)
+    except Terminated:
+        _end("terminated; what is whole stays, and the same command goes on from there", 1)
+    except Exception as error:
+        kind = type(error).__name__
+        _end(f"error: {kind}: {error} (nobody foresaw this; the traceback is in {_write_traceback()})", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare_streams() -> None:
+    """Letters that the terminal's encoding lacks are escaped; a stream that was closed swallows what it gets."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - held until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    raise Terminated
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(printable(line), file=sys.stderr)
+    sys.exit(status)
+
+
+def _write_traceback() -> str:
+    """The file that the traceback was written to, or a word why there is none."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="memorization-", suffix=".txt", encoding="utf-8", errors="backslashreplace", delete=False
+        ) as file:
+            traceback.print_exc(file=file)
+        return file.name
+    except OSError as error:
+        return f"no file: {error.strerror}"
 
 
 def quiet_libraries() -> None:

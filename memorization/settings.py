@@ -9,6 +9,7 @@ for text).
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
@@ -41,10 +42,11 @@ class Bounds:
 Positive = Annotated[float, Bounds(0, open=True)]
 NotNegative = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1, open=True)]
+Rate = Annotated[float, Bounds(0, 0.999, open=True)]  # of false positives
+Resamples = Annotated[int, Bounds(100)]  # of a bootstrap: with fewer its 95% interval means nothing
 Count = Annotated[int, Bounds(1)]
 Place = Annotated[int, Bounds(0)]
 Timestep = Annotated[int, Bounds(0, 999)]
-Resamples = Annotated[int, Bounds(100)]
 Steps = Annotated[int, Bounds(3, 500)]  # of a DDIM grid: detectors read its third last
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]
 
@@ -126,13 +128,21 @@ def _number(kind: type, value: Any) -> float:
                 value = float(value)
             except ValueError:
                 raise Unfit from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
         raise Unfit
     if kind is int:
         if value != int(value):
             raise Unfit
         return int(value)
     return value  # a whole number stays one, so that it is written as it was given
+
+
+def is_finite(number: float) -> bool:
+    """Whether it is neither NaN nor infinite, nor a whole number that no float holds."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def described(annotation: Any) -> str:
@@ -164,7 +174,15 @@ def value_of(annotation: Any, value: Any, what: str) -> Any:
         return fit(annotation, value)
     except Unfit:
         meant = described(annotation)
-        raise InputError(f"{what} = {value} is {'not' if meant.startswith('one of') else 'no'} {meant}") from None
+        given = _brief(value)
+        raise InputError(f"{what} = {given} is {'not' if meant.startswith('one of') else 'no'} {meant}") from None
+
+
+def _brief(value: Any) -> str:
+    """A value for a message, however large it is."""
+    if not isinstance(value, str):
+        value = reprlib.repr(value)
+    return value if len(value) <= 80 else f"{value[:77]}..."
 
 
 def annotations_of(cls: type) -> dict[str, Any]:
@@ -183,6 +201,8 @@ def fitted(cls: type, values: Mapping[str, Any], of: str) -> dict[str, Any]:
     Raises:
         InputError: one is unknown or does not fit.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{of} = {_brief(values)} is no table of settings")
     known = annotations_of(cls)
     if unknown := [name for name in values if name not in known]:
         raise InputError(f"{of} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")

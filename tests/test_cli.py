@@ -109,9 +109,9 @@ def test_settings_of_the_command_line(prompt_file, arguments, said):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["eval", "run", "--fpr", "0"], "0 is no number above 0 to 1"),
+        (["eval", "run", "--fpr", "0"], "0 is no number above 0 to 0.999"),
         (["eval", "run", "--resamples", "10"], "10 is no whole number of at least 100"),
-        (["study", "sequential", "run", "--fpr", "2"], "2 is no number above 0 to 1"),
+        (["study", "sequential", "run", "--fpr", "2"], "2 is no number above 0 to 0.999"),
         (["study", "benchmark_audit", "--resamples", "10"], "10 is no whole number of at least 100"),
         (["study", "timestep_sweep", "--every", "0"], "0 is no whole number of at least 1"),
         (["study", "p_laplace_sweep", "--timesteps", "1000"], "1000 is no whole number from 0 to 999"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,12 +144,17 @@ def test_bad_input_ends_with_status_2_and_no_traceback(tmp_path):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "none.txt" in done.stderr
 
 
-def test_run_main_lets_bugs_through():
+def test_a_bug_is_one_line_and_its_traceback_a_file(capsys):
     def broken():
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by nothing")
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as ended:
         run_main(broken)
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.count("\n") == 1 and "ZeroDivisionError: by nothing" in line
+    path = Path(line.split("traceback is in ")[1].rstrip(")\n"))
+    assert "in broken" in path.read_text()
+    path.unlink()
 
 
 def test_nan_names_the_prompt(run_script, prompt_file, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names
 
 
@@ -134,10 +134,10 @@ def print_summary(rows: list[dict], first: str | None, threshold: float | None, 
             print(f"{len(flagged)} of {len(rows)} prompts are flagged ({first} >= {threshold:.4g}). The highest:")
         for row in sorted(rows, key=lambda row: -score[row["id"]])[:10]:
             mark = "*" if row["id"] in flagged else " "
-            print(f" {mark} {score[row['id']]:9.4g}  {row.get('image', row['prompt'])[:100]}")
-    print(f"scores: {scores}")
+            print(f" {mark} {score[row['id']]:9.4g}  {printable(row.get('image', row['prompt'])[:100])}")
+    print(f"scores: {printable(str(scores))}")
     if first is not None and "label" in rows[0]:
-        print(f"next:   python detect_eval.py {os.path.relpath(scores.parent)}")
+        print(f"next:   python detect_eval.py {printable(os.path.relpath(scores.parent))}")
 
 
 def print_tokens(model, store, first: str, scoring, threshold: float | None, path: Path) -> None:
@@ -148,6 +148,6 @@ def print_tokens(model, store, first: str, scoring, threshold: float | None, pat
     explained = explain(model, store.rows, first, scoring, threshold)
     print("tokens that trigger them, with their share of the prompt's significance:")
     for score, significance in explained:
-        print(f"   {score:9.4g}  {as_text(significance)}")
+        print(f"   {score:9.4g}  {printable(as_text(significance))}")
     if explained:
         print(f"picture: {draw_significance([significance for _, significance in explained[:20]], path)}")

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.paths import ROOT
 
@@ -45,11 +45,17 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
 
 
 def every_run() -> list[Path]:
-    """The folders of all detection runs under ``results/``."""
-    from memorization.io.files import read_json
+    """The folders of all detection runs under ``results/``, and of those of which nobody can say what they are."""
+    return sorted(path.parent for path in (ROOT / "results").glob("**/run.json") if not _of_another_kind(path))
 
-    found = (ROOT / "results").glob("**/run.json")
-    return sorted(path.parent for path in found if "detectors" in read_json(path)["settings"])
+
+def _of_another_kind(path: Path) -> bool:
+    from memorization.io.records import read_record
+
+    try:
+        return "detectors" not in read_record(path)["settings"]
+    except InputError:
+        return False  # it is left out with a line, not silently
 
 
 def main(arguments: Arguments = None) -> None:
@@ -83,13 +89,15 @@ def write_calibration(args: argparse.Namespace) -> None:
     """``--calibrate``."""
     import yaml
 
+    from memorization.evaluation.calibration import calibration_of
     from memorization.evaluation.runs import read_run
     from memorization.io.files import write_atomically
     from memorization.runs.calibrate import calibrate
 
     made = calibrate(read_run(args.folders[0]), args.fpr)
+    calibration_of(made, args.calibrate)  # what could not be read again is not written
     write_atomically(args.calibrate, yaml.safe_dump(made, sort_keys=False))
-    print(f"{args.calibrate}: from {made['negatives']} negatives and {made['positives']} positives")
+    print(f"{printable(str(args.calibrate))}: from {made['negatives']} negatives and {made['positives']} positives")
 
 
 def print_tables(all_metrics: list[dict], style: str) -> None:
@@ -102,12 +110,14 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
     if style == "json":
         print(json.dumps(all_metrics, indent=1))
     elif style == "csv":
-        frames = [table(metrics).assign(model=metrics["model"], run=metrics["run"]) for metrics in all_metrics]
+        frames = [
+            table(metrics).assign(model=metrics["model"], run=printable(metrics["run"])) for metrics in all_metrics
+        ]
         pd.concat(frames).to_csv(sys.stdout, index=False)
     else:
         for metrics in all_metrics:
             counts = metrics["counts"]
-            print(f"\n### {metrics['model']}, {metrics['run']}: {counts['memorized']} memorized, "
+            print(f"\n### {printable(metrics['model'])}, {printable(metrics['run'])}: {counts['memorized']} memorized, "
                   f"{counts['not_memorized']} not memorized, {counts['families']} families\n")  # fmt: skip
             print(markdown(table(metrics)))
             if metrics["paired"]:

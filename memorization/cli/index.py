@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.flags import FLAGS, ArgumentParser, Arguments, add_flags, value
 from memorization.index.kinds import FEATURES, NETWORKED, SIZED
 from memorization.settings import Count
@@ -86,9 +86,9 @@ def search(args: argparse.Namespace) -> None:
         raise InputError("none of the pictures can be read")
     vectors = torch.from_numpy(describe_pictures(index.describe, list(pictures.values())))
     for path, distances, rows in zip(pictures, *index.search(vectors, args.k), strict=True):
-        print(path)
+        print(printable(str(path)))
         for distance, row in zip(distances.tolist(), rows.tolist(), strict=True):
-            print(f"  {distance:.3f}  {index.paths[row]}  {index.captions[row]}")
+            print(f"  {distance:.3f}  {printable(index.paths[row])}  {printable(index.captions[row])}")
         (times,) = index.multiplicity(rows[None])
         if times > 1:
             print(f"  The caption of the first is that of {times} of these {len(rows)}.")

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from memorization.errors import printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, value
 from memorization.mitigations.base import DEFAULT_MITIGATION, MITIGATIONS
 from memorization.settings import Count, annotations_of, described
@@ -101,10 +102,10 @@ def print_report(rows: list[dict], out: Path, copy_limits: Mapping[str, float], 
     """The changed prompts, the means before and after, and where everything is."""
     for row in rows:
         if row["new_prompt"] != row["prompt"]:
-            change = marked(row["prompt"], row["new_prompt"])
+            change = printable(marked(row["prompt"], row["new_prompt"]))
             print(f"  {row['score_before']:8.4g} -> {row['score_after']:8.4g}  {change}")
     print(summary(rows, copy_limits))
-    print(f"{len(rows)} prompts: {os.path.relpath(out)}/mitigations.jsonl, images/, embeds/, {sheet.name}")
+    print(f"{len(rows)} prompts: {printable(os.path.relpath(out))}/mitigations.jsonl, images/, embeds/, {sheet.name}")
 
 
 def marked(old: str, new: str) -> str:

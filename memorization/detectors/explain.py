@@ -57,7 +57,8 @@ def draw_significance(explained: list[Significance], path: Path) -> Path:
     figure, axes = plt.subplots(len(explained), 1, figsize=(7, 1.5 * len(explained)), squeeze=False)
     for axis, (tokens, values) in zip(axes[:, 0], explained, strict=True):
         axis.bar(range(len(tokens)), values.cpu().numpy(), color="#cc3311")
-        axis.set_xticks(range(len(tokens)), tokens, rotation=35, ha="right", fontsize=7)
+        axis.set_xticks(range(len(tokens)), tokens, rotation=35, ha="right", fontsize=7,
+                        parse_math=False)  # fmt: skip
         axis.set_yticks([])
     figure.suptitle("significance of each token for the norm of the guidance vector", fontsize=9)
     return save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import yaml
 
 from memorization.errors import InputError
-from memorization.evaluation.bands import Bands
+from memorization.evaluation.bands import ROUNDS, Bands
+from memorization.io.files import read_file
 from memorization.settings import Count, Steps, make
 
 
@@ -105,14 +107,29 @@ def read_calibration(path: Path) -> Calibration:
     """Read a calibration file.
 
     Raises:
-        InputError: it is no such file.
+        InputError: it is no such file, or a field is not what it should be.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "detectors" not in content:
-            raise ValueError
-    except (OSError, yaml.YAMLError, ValueError):  # UnicodeDecodeError is a ValueError
-        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them") from None
+        content = yaml.safe_load(read_file(path).decode())
+    except (yaml.YAMLError, ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        content = None
+    if not isinstance(content, dict) or "detectors" not in content:
+        raise InputError(f"{path}: not a calibration file; detect_eval.py --calibrate writes them")
+    return calibration_of(content, path)
+
+
+def calibration_of(content: Mapping[str, Any], path: Path) -> Calibration:
+    """The calibration that ``path`` holds, or is to hold.
+
+    Raises:
+        InputError: a field is not what it should be, such as a threshold that is not finite.
+    """
     file = make(CalibrationFile, content, str(path))
     detectors = {name: make(CalibratedDetector, values, f"{path}: {name}") for name, values in file.detectors.items()}
+    for name, one in detectors.items():
+        for setting, value in one.settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{path}: {name}: {setting} = {value} is not finite")
+        if one.bands and (set(one.bands) != set(ROUNDS[:-1]) or any(len(band) != 2 for band in one.bands.values())):
+            raise InputError(f"{path}: {name}: bands are (low, high) for {', '.join(map(str, ROUNDS[:-1]))} noises")
     return Calibration(path, detectors, {key: getattr(file, key) for key in ("model", "num_images", "steps")})

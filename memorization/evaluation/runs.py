@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.evaluation.learned import ONE_TRACE, learned_combination, z_score_size
 from memorization.evaluation.metrics import noise_mean
-from memorization.io.files import read_json, read_lines
+from memorization.io.files import is_file, read_lines
+from memorization.io.records import read_costs, read_record
+from memorization.settings import Count, Steps, is_finite, value_of
 
 
 class Run:
@@ -40,12 +43,31 @@ class Run:
             raise InputError(f"{name}: its prompts have no labels, so there is nothing to evaluate")
         self.settings = settings or _settings_of(rows)
         self.scored = self.without_split("validation")
+        if not all(type(label) is not bool and label in (0, 1) for label in rows["label"].tolist()):
+            raise InputError(f"{name}: its column 'label' holds something other than 0 and 1")
         if set(self.scored["label"]) != {0, 1}:
             raise InputError(f"{name}: the scored rows have one class only; both are needed")
         if "family" not in rows:
             raise InputError(f"{name}: its rows have no column 'family'; each near-copy of a prompt belongs to one")
         self.names = list(dict.fromkeys(term for d in self.settings["detectors"].values() for term in d["terms"]))
         self.noises: int = self.settings["num_images"]
+        self._check_scores()
+
+    def _check_scores(self) -> None:
+        """See that every score is a list of finite numbers, a value a noise.
+
+        Raises:
+            InputError: one is something else; names the row.
+        """
+        fewer = bool(self.settings.get("sequential"))  # prompts that are decided early have fewer noises
+        for name in self.names:
+            if name not in self.rows:
+                raise InputError(f"{self.name}: its rows have no {name!r}, which the run's settings name")
+            for number, values in enumerate(self.rows[name]):
+                count = len(values) if isinstance(values, list) else 0
+                if not (count == self.noises or (fewer and 0 < count < self.noises)) or not all(map(_finite, values)):
+                    raise InputError(f"{self.name}, row {number}: {name} = {str(values)[:80]} is no list of "
+                                     f"{self.noises} numbers")  # fmt: skip
 
     def without_split(self, name: str) -> pd.DataFrame:
         """Rows that are not of split ``name``; all rows where the list has no splits."""
@@ -75,9 +97,13 @@ class Run:
         return np.array([noise_mean(values, noises) for values in rows[name]])
 
 
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
+
+
 def _settings_of(rows: pd.DataFrame) -> dict:
     first = rows.iloc[0]
-    names = [key for key, value in first.items() if isinstance(value, list) and not isinstance(value[0], list)]
+    names = [key for key, value in first.items() if isinstance(value, list) and not isinstance((value or [0])[0], list)]
     if not names:
         raise InputError("no column holds scores: a list with a value a noise in every row")
     detectors = {name: {"terms": [name]} for name in names}
@@ -90,16 +116,40 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: the folder holds no run, or one without labels or with one class only.
     """
-    if not (folder / "run.json").is_file():
-        raise InputError(f"{folder}: holds no run (no run.json); detect_mem.py makes one")
-    record = read_json(folder / "run.json")
+    record = read_run_record(folder)
     if "detectors" not in record["settings"]:
         raise InputError(f"{folder}: a study's folder, not a run of detect_mem.py")
+    _check_settings(record["settings"], folder / "run.json")
     if record["status"] != "complete":
-        print(f"{folder}: this run is not complete; the table is of what there is", file=sys.stderr)
-    costs = folder / "costs.json"
-    rows = pd.DataFrame(read_lines(folder / "scores.jsonl")[0])
-    run = Run(rows, record["settings"], name=str(folder), costs=read_json(costs) if costs.exists() else None)
+        print(printable(f"{folder}: this run is not complete; the table is of what there is"), file=sys.stderr)
+    costs, scores = folder / "costs.json", folder / "scores.jsonl"
+    lines, _ = read_lines(scores)
+    if record["status"] == "complete" and len(lines) != record.get("lines", len(lines)):
+        raise InputError(f"{scores}: holds {len(lines)} lines of the {record['lines']} that run.json says")
+    run = Run(pd.DataFrame(lines), record["settings"], name=str(folder),
+              costs=read_costs(costs) if os.path.lexists(costs) else None)  # fmt: skip
     if (families := run.scored["family"].nunique()) < 10:
-        print(f"{folder}: {families} families of near-copies only; the intervals mean little", file=sys.stderr)
+        print(printable(f"{folder}: {families} families of near-copies only; the intervals mean little"),
+              file=sys.stderr)  # fmt: skip
     return run
+
+
+def read_run_record(folder: Path) -> dict:
+    """The ``run.json`` of a run's folder.
+
+    Raises:
+        InputError: the folder holds no run, or it is damaged.
+    """
+    if not is_file(folder / "run.json"):
+        raise InputError(f"{folder}: holds no run (no run.json); detect_mem.py makes one")
+    return read_record(folder / "run.json")
+
+
+SETTINGS = {"model": str, "num_images": Count, "steps": Steps, "detectors": dict[str, dict]}
+
+
+def _check_settings(settings: dict, path: Path) -> None:
+    for name, kind in SETTINGS.items():
+        value_of(kind, settings.get(name), f"{path}: settings: {name}")
+    for name, of_detector in settings["detectors"].items():
+        value_of(tuple[str, ...], of_detector.get("terms"), f"{path}: settings: {name}: terms")

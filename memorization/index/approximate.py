@@ -45,7 +45,10 @@ class Candidates:
 
     def __init__(self, path: Path, count: int) -> None:
         self.faiss = faiss_module()
-        self.made = self.faiss.read_index(str(path))
+        try:
+            self.made = self.faiss.read_index(str(path))
+        except RuntimeError:
+            raise InputError(f"{path}: damaged; compress the index again") from None
         if self.made.ntotal != count:
             raise InputError(f"{path}: holds {self.made.ntotal} pictures of {count}; compress the index again")
 

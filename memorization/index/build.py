@@ -5,19 +5,21 @@ Building goes on where it stopped and adds what is new; pictures that cannot be 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.index.approximate import NAME
 from memorization.index.descriptors import Describe, descriptor
 from memorization.index.store import Index, items_of
-from memorization.io.files import LineFile, line_of, read_json, write_atomically
+from memorization.io.files import LineFile, read_file, read_json, size_of_lines, write_atomically, writing
 from memorization.io.pictures import list_pictures, read_picture, to_tensor
 from memorization.io.prompts import find_picture, read_prompts
 from memorization.models.devices import pick_device
@@ -66,31 +68,94 @@ def build_index(
     record = {"kind": kind, "size": size and list(size), "width": width} | (
         {"model": name, "revision": revision} if name else {}
     )
-    row = width * (1 if raw else 4)  # bytes
-    with LineFile(folder / "items.jsonl", "another process is building this index") as items:
-        if not (folder / "index.json").exists():
-            write_atomically(folder / "index.json", json.dumps(record) + "\n")
-        if read_json(folder / "index.json") != record:
-            raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
-        with open(folder / "features.bin", "ab") as features:
+
+    def described(wanted: list[dict]) -> Iterator[tuple[list[dict], np.ndarray]]:
+        """Those of the ``wanted`` items whose pictures can be read, and their features ``(n, width)``."""
+        starts = range(0, len(wanted), at_once)
+        for start in tqdm(starts, printable(folder.name), unit=f"{at_once} pictures", disable=not wanted):
+            found, pictures = _readable(wanted[start : start + at_once], size)
+            if found and raw:
+                yield found, np.stack(pictures).transpose(0, 3, 1, 2).reshape(len(found), -1)
+            elif found:
+                features = describe_pictures(describe, pictures, place)
+                check_finite(torch.from_numpy(features), "the description", [item["path"] for item in found])
+                yield found, features
+
+    with LineFile(folder / "items.jsonl", "another process is building this index") as items, writing(folder):
+        _check_record(folder, record)
+        with _Features(folder / "features.bin", width * (1 if raw else 4)) as features:
             # What a killed build wrote of its last batch goes, and what lost its features is made again.
-            done = items_of(folder)[: (folder / "features.bin").stat().st_size // row]
-            features.truncate(len(done) * row)
-            items.cut(sum(len(line_of(item)) for item in done))
-            new = _new(listed(source), done, source)
-            for start in tqdm(range(0, len(new), at_once), folder.name, unit=f"{at_once} pictures", disable=not new):
-                added, pictures = _readable(new[start : start + at_once], size)
-                if not added:
-                    continue
+            done = items_of(folder)[: features.rows]
+            features.cut(len(done))
+            items.cut(size_of_lines(folder / "items.jsonl", len(done)))
+            places = {in_project(Path(item["file"])): i for i, item in enumerate(done) if "file" in item}
+            wanted = _wanted(listed(source), source, {file: done[i].get("sha256") for file, i in places.items()})
+            if wanted:
                 (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
-                found = (
-                    np.stack(pictures).transpose(0, 3, 1, 2) if raw else describe_pictures(describe, pictures, place)
-                )
-                check_finite(torch.from_numpy(found), "the description", [item["path"] for item in added])
-                features.write(np.ascontiguousarray(found).tobytes())
-                features.flush()
+            changed = [item for item in wanted if item["file"] in places]
+            if changed:
+                _replace(changed, described, places, done, items, features)
+            count = len(done)
+            for added, found in described([item for item in wanted if item["file"] not in places]):
+                features.write(count, found)
                 items.append(added)
+                count += len(added)
     return Index(folder)
+
+
+def _check_record(folder: Path, record: dict) -> None:
+    """Write ``index.json`` of a new index, or see that it is what is written there."""
+    if not (folder / "index.json").exists():
+        if items_of(folder):
+            raise InputError(f"{folder}: holds items.jsonl, but no index.json; choose another --out")
+        write_atomically(folder / "index.json", json.dumps(record) + "\n")
+    if read_json(folder / "index.json") != record:
+        raise InputError(f"{folder}: holds an index of another kind, size or network; choose another --out")
+
+
+def _replace(
+    changed: list[dict], described: Callable, places: Mapping[str, int], done: list[dict], items: LineFile,
+    features: _Features,
+) -> None:  # fmt: skip
+    """Read pictures that were replaced under their names again; they keep their places, and ``done`` says so.
+
+    Until their features are written, no sha256 of theirs fits: a build that is killed here does it again.
+    """
+    at = {places[item["file"]] for item in changed}
+    items.replace({**item, "sha256": ""} if i in at else item for i, item in enumerate(done))
+    for again, found in described(changed):
+        for item, vector in zip(again, found, strict=True):
+            features.write(places[item["file"]], vector[None])
+            done[places[item["file"]]] = item
+    items.replace(done)
+
+
+class _Features:
+    """``features.bin``, open for writing: a row of ``size`` bytes a picture."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no regular file")
+        path.touch()
+        self.size, self._file = size, open(path, "r+b", buffering=0)  # noqa: SIM115 - held until the block ends
+        self.rows = path.stat().st_size // size
+
+    def cut(self, rows: int) -> None:
+        """Keep the first ``rows``."""
+        self._file.truncate(rows * self.size)
+
+    def write(self, row: int, found: np.ndarray) -> None:
+        """Features ``(n, width)`` from ``row`` on."""
+        self._file.seek(row * self.size)
+        left = memoryview(np.ascontiguousarray(found).tobytes())
+        while left:
+            left = left[self._file.write(left) :]
+
+    def __enter__(self) -> _Features:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._file.close()
 
 
 def _readable(items: list[dict], size: tuple[int, int] | None) -> tuple[list[dict], list[np.ndarray]]:
@@ -100,15 +165,30 @@ def _readable(items: list[dict], size: tuple[int, int] | None) -> tuple[list[dic
     return [item for item, _ in pairs], [picture for _, picture in pairs]
 
 
-def _new(items: list[dict], done: list[dict], source: Path) -> list[dict]:
-    """``items`` with their ``file``, without those whose file is among ``done`` or comes twice: the first counts."""
+def _wanted(items: list[dict], source: Path, known: Mapping[str, str | None]) -> list[dict]:
+    """``items`` with their ``file`` and its ``sha256``, without those that the index has as they are.
+
+    Where a file comes twice, the first counts. Of a file that is not there any more, the index keeps what it has.
+
+    Args:
+        known: file -> sha256 of what the index has; None where an older build has not noted it.
+    """
     wanted = {}
     for item in items:
         place = find_picture(item["path"], source.parent) or source.parent / item["path"]
         item = {**item, "file": in_project(place.resolve())}
         wanted.setdefault(item["file"], item)
-    known = {in_project(Path(item["file"])) for item in done if "file" in item}
-    return [item for file, item in wanted.items() if file not in known]
+    hashed = [{**item, "sha256": _hash(ROOT / file)} for file, item in wanted.items()]
+    return [item for item in hashed
+            if item["file"] not in known or item["sha256"] not in ("", known[item["file"]])]  # fmt: skip
+
+
+def _hash(path: Path) -> str:
+    """sha256 of a file; nothing of one that cannot be read, which is said when it is read as a picture."""
+    try:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except InputError:
+        return ""
 
 
 def own_index(spec: ModelSpec) -> Path:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from memorization.errors import InputError
 from memorization.index.approximate import NAME, faiss_module
 from memorization.index.store import Index
+from memorization.io.files import replacing
 
 TRAINED_ON = 64  # vectors a list, for the clustering
 
@@ -41,6 +42,6 @@ def compress(index: Index, folder: Path, lists: int | None = None, code: int = 6
     for start in tqdm(range(0, len(index), at_once), desc="compress", unit=f"{at_once} pictures"):
         made.add(index.vectors(slice(start, start + at_once)).numpy())
     path = folder / NAME
-    faiss.write_index(made, str(path.with_suffix(".new")))
-    path.with_suffix(".new").replace(path)
+    with replacing(path) as part:
+        faiss.write_index(made, str(part))
     return path

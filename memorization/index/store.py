@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +22,11 @@ from torch import Tensor
 from memorization.errors import InputError
 from memorization.index.approximate import NAME, Candidates
 from memorization.index.descriptors import Describe, descriptor
-from memorization.index.kinds import SIZED
-from memorization.io.files import read_json, read_whole_lines, sha256_of
+from memorization.index.kinds import FEATURES, SIZED
+from memorization.io.files import is_file, read_json, sha256_of, whole_lines
 from memorization.io.pictures import read_picture
 from memorization.paths import ROOT
+from memorization.settings import Checked, Count, make, value_of
 from memorization.similarity.nl2 import l2
 
 CHUNK = 2**28  # bytes of features, as float32, that are in memory at once while searching
@@ -51,25 +54,25 @@ class Index:
     """
 
     def __init__(self, folder: Path, *, approximately: bool = True) -> None:
-        if not (folder / "index.json").is_file():
+        if not is_file(folder / "index.json"):
             raise InputError(f"{folder}: holds no index; python -m memorization.index build makes one")
         items = items_of(folder)
         if not items:
             raise InputError(f"{folder}: the index holds no picture")
         record = read_json(folder / "index.json")
-        try:
-            self.kind, self.size = record["kind"], record["size"] and tuple(record["size"])
-            self.model, width = record.get("model"), record["width"]
-            self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder}: index.json or items.jsonl is damaged ({error}); build the index anew"
-            ) from None
+        made = make(IndexRecord, record, f"{folder / 'index.json'}: damaged")
+        if (made.kind in SIZED) != (made.size is not None and len(made.size) == 2):
+            raise InputError(f"{folder / 'index.json'}: damaged: size = {record['size']} of {made.kind}")
+        self.kind, self.model = made.kind, made.model
+        self.size: tuple[int, int] | None = (made.size[0], made.size[1]) if made.size else None
+        if self.kind == "pixels" and self.size and made.width != 3 * self.size[0] * self.size[1]:
+            raise InputError(f"{folder / 'index.json'}: damaged: width = {made.width} of pictures of {self.size}")
+        self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         self.files = [item.get("file", item["path"]) for item in items]
         dtype = np.uint8 if self.kind == "pixels" else np.float32
-        self.folder, self.revision = folder, record.get("revision")
-        features, shape = folder / "features.bin", (len(items), width)
-        if not features.is_file() or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
+        self.folder, self.revision = folder, made.revision
+        features, shape = folder / "features.bin", (len(items), made.width)
+        if not is_file(features) or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
             raise InputError(f"{features}: is missing or cut short; the same build command makes it whole")
         self.features = np.memmap(features, dtype, "r", shape=shape)
         compressed = folder / NAME
@@ -163,6 +166,31 @@ class Index:
         return [Counter(own)[own[0]] if own[0] else 0 for own in captions]
 
 
+@dataclass(frozen=True)
+class IndexRecord(Checked):
+    """What ``index.json`` holds."""
+
+    kind: Literal[FEATURES]  # ty: ignore[invalid-type-form]
+    size: tuple[Count, ...] | None
+    width: Count
+    model: str | None = None
+    revision: str | None = None
+
+
+ITEM = {"path": str, "caption": str, "file": str, "sha256": str}
+NEEDED = ("path", "caption")
+
+
 def items_of(folder: Path) -> list[dict]:
-    """The whole lines of ``items.jsonl``, a picture each."""
-    return read_whole_lines(folder / "items.jsonl", "build the index anew, in another folder")[0]
+    """The whole lines of ``items.jsonl``, a picture each.
+
+    Raises:
+        InputError: a line is damaged; names the field.
+    """
+    path = folder / "items.jsonl"
+    items = list(whole_lines(path, "build the index anew, in another folder"))
+    for number, item in enumerate(items, 1):
+        for name, kind in ITEM.items():
+            if name in item or name in NEEDED:
+                value_of(kind, item.get(name), f"{path}, line {number}: damaged: {name}")
+    return items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,14 +12,39 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from memorization.io.files import replacing, writing
+
 
 def save_figure(figure: plt.Figure, path: Path) -> Path:
-    """Write a figure and let go of it; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    """Write a figure and let go of it; its folder is made if missing.
+
+    Titles and labels are shown as they are: prompts and names of folders may hold a dollar sign.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for axis in figure.axes:
+        for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label, *_legend(axis)):  # ty: ignore
+            _literal(text)
+    for text in figure.texts:  # its title
+        _literal(text)
+    with replacing(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font lacks letters of some prompts
+        figure.tight_layout()
+        figure.savefig(part, dpi=120, format=path.suffix[1:])
     plt.close(figure)
     return path
+
+
+def _literal(text: plt.Text) -> None:
+    text.set_parse_math(False)
+    text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())  # no font has half of a letter
+
+
+def _legend(axis: plt.Axes) -> list[plt.Text]:
+    return legend.get_texts() if (legend := axis.get_legend()) else []
 
 
 def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:

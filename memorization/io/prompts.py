@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from memorization.errors import InputError
+from memorization.io.families import near_copy_families
+from memorization.io.files import is_file, parse_object, read_file
 from memorization.paths import ROOT
 
 OPTIONAL = ("label", "family", "kind", "duplicates", "replication", "image", "split")
 # How published lists name what we call prompt and kind.
 ALIASES = {"caption": "prompt", "type": "kind", "overfit_type": "kind"}
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a letter, as a damaged JSON file may name it
 
 
 class Listed(NamedTuple):
@@ -53,8 +55,7 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
         raise InputError(f"{path}: prompt lists are .txt, .csv or .jsonl files, not '{path.suffix}'")
     frame = readers[path.suffix](path, text)
     blank_lines = frame.attrs.get("blank_lines", 0)
-    frame.columns = [str(column).lower() for column in frame.columns]
-    frame = frame.rename(columns={old: new for old, new in ALIASES.items() if new not in frame})
+    frame.columns = _columns(path, frame.columns, extra)
     if "prompt" not in frame:
         raise InputError(f"{path}: no column 'prompt' (or 'caption'); it has: {', '.join(frame.columns)}")
     if missing := [column for column in extra if column not in frame]:
@@ -64,13 +65,16 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
         raise InputError(f"{path}: holds no prompt")
     if not (is_text := frame["prompt"].map(_is_text)).all():
         row = is_text.idxmin()
-        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {frame['prompt'][row]!r}")
+        raise InputError(f"{path}: the prompt in row {row + 1} is no text: {repr(frame['prompt'][row])[:80]}")
+    for column in frame.columns[1:]:
+        if (nested := frame[column].map(lambda cell: isinstance(cell, (list, dict))).to_numpy()).any():
+            raise InputError(f"{path}: the {column} in row {nested.argmax() + 1} is no text or number")
     if "label" in frame:
         frame["label"] = _labels(path, frame["label"])
     if "split" in frame and not frame["split"].isin(["validation", "test"]).all():
         raise InputError(f"{path}: the column 'split' holds something other than validation and test")
     for column in {"duplicates", "replication"} & set(frame):
-        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+        frame[column] = _numbers(frame[column])
     frame.attrs["blank_lines"] = blank_lines
     return frame
 
@@ -95,7 +99,7 @@ def read_lists(files: Mapping[str, Path]) -> Listed:
         frame = read_prompts(files["prompts"])
     else:
         frame = read_pair(files["memorized"], files["non_memorized"])
-    hashes = {role: hashlib.sha256(Path(path).read_bytes()).hexdigest() for role, path in files.items()}
+    hashes = {role: hashlib.sha256(read_file(Path(path))).hexdigest() for role, path in files.items()}
     return Listed(with_families(frame), hashes)
 
 
@@ -114,41 +118,32 @@ def listed(prompts: Sequence[str] | pd.DataFrame | str | Path) -> Listed:
 
 
 def with_families(frame: pd.DataFrame) -> pd.DataFrame:
-    """A labelled list that names no families gets them, by near-copies."""
+    """A labelled list that does not name the family of every prompt gets all of them, by near-copies."""
     if "label" in frame and ("family" not in frame or (frame["family"].isna() | (frame["family"] == "")).any()):
         frame["family"] = near_copy_families(frame["prompt"].tolist())
     return frame
 
 
-def near_copy_families(prompts: list[str], threshold: float = 0.5) -> list[str]:
-    """Families for lists that name none: prompts that share at least half of their distinct words, and their chains.
+def _columns(path: Path, names: Iterable[object], extra: Sequence[str]) -> list[str]:
+    """The names of a list's columns as ours.
 
-    Two prompts are linked if the Jaccard similarity of their word sets is at least ``threshold``; families are the
-    connected components.
+    Raises:
+        InputError: two that are read have one name.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    texts = [prompt if prompt.strip() else "(blank)" for prompt in prompts]
-    words = CountVectorizer(binary=True, token_pattern=r"\S+", dtype=np.float32).fit_transform(texts)
-    shared = (words @ words.T).tocoo()  # sparse: pairs without a common word do not appear
-    size = np.asarray(words.sum(axis=1)).ravel()
-    linked = shared.data >= threshold * (size[shared.row] + size[shared.col] - shared.data)
-    graph = coo_array((linked[linked], (shared.row[linked], shared.col[linked])), shape=shared.shape)
-    _, family = connected_components(graph, directed=False)
-    return [f"f{index}" for index in family]
+    found = [str(name).strip().lower() for name in names]
+    for old, new in ALIASES.items():
+        if new not in found:
+            found = [new if name == old else name for name in found]
+    if twice := [name for name in ("prompt", *OPTIONAL, *extra) if found.count(name) > 1]:
+        raise InputError(f"{path}: has more than one column {twice[0]!r}")
+    return found
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
     return text
@@ -182,26 +177,30 @@ def _read_jsonl(path: Path, text: str) -> pd.DataFrame:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        if (row := parse_object(line)) is None:
             raise InputError(f"{path}, line {number}: not a JSON object")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _is_text(prompt: object) -> bool:
-    return isinstance(prompt, str) and not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+    return isinstance(prompt, str) and not SURROGATE.search(prompt)
 
 
 def _labels(path: Path, labels: pd.Series) -> pd.Series:
-    numbers = pd.to_numeric(labels, errors="coerce")
-    wrong = ~numbers.isin([0, 1])
+    numbers = _numbers(labels)
+    wrong = ~numbers.isin([0, 1]).to_numpy()
     if wrong.any():
-        raise InputError(f"{path}: label {labels[wrong].iloc[0]!r} in row {wrong.idxmax() + 1} is not 0 or 1")
+        raise InputError(f"{path}: label {labels[wrong].iloc[0]!r} in row {wrong.argmax() + 1} is not 0 or 1")
     return numbers.astype(int)
+
+
+def _numbers(cells: pd.Series) -> pd.Series:
+    """Cells as numbers; NaN where they are none."""
+    try:
+        return pd.to_numeric(cells, errors="coerce")
+    except (TypeError, ValueError, OverflowError):  # a whole number of hundreds of digits
+        return cells.map(lambda cell: float("nan"))
 
 
 def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
@@ -220,4 +219,4 @@ def picture_files(frame: pd.DataFrame, listed: Path) -> list[Path | None]:
 def find_picture(name: str, home: Path) -> Path | None:
     """The file that a list in the folder ``home`` names: beside the list, here, or in the project."""
     places = (home / name, Path(name), ROOT / name)
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if is_file(place)), None)

@@ -9,11 +9,15 @@ import hashlib
 import http.client
 import urllib.request
 from pathlib import Path
+from threading import Thread
 
 from memorization.errors import InputError
+from memorization.io.files import is_file, read_file, write_atomically, writing
 
 _ANISOTROPY = "rohanasthana/memorization-anisotropy/97e991bac4171ad0547c5779c31180ea8e9f672e"
 _LOCALIZING = "ml-research/localizing_memorization_in_diffusion_models/f952eded64fca0bcf42e0bb3be9a01d64653cfdb"
+LARGEST = 2**24  # bytes of a file; the published lists are smaller by far
+LONGEST = 120  # seconds for a file, whatever the server does
 RAW = "https://raw.githubusercontent.com"
 PUBLISHED = {  # name: (repository and commit, sha256)
     "sd1_mem.txt": (_ANISOTROPY, "6f11239c621a7846979170c79d79f86a31441e044a7bc0b5d952ba8a5ca0fb56"),
@@ -37,33 +41,48 @@ def fetch(out: Path, source: str | None = None) -> list[Path]:
     Raises:
         InputError: a file cannot be had, or its sha256 is not the pinned one.
     """
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     paths = []
     for name, (repository, sha256) in PUBLISHED.items():
         path = out / name
         paths.append(path)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        if is_file(path) and hashlib.sha256(read_file(path)).hexdigest() == sha256:
             continue
         origin = f"{source.rstrip('/')}/{name}" if source else f"{RAW}/{repository}/prompts/{name}"
         content = _get(origin)
         found = hashlib.sha256(content).hexdigest()
         if found != sha256:
             raise InputError(f"{origin}: sha256 is {found}, not the pinned {sha256}; nothing was written")
-        part = path.with_suffix(path.suffix + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        write_atomically(path, content)
     return paths
 
 
 def _get(origin: str) -> bytes:
+    """The content of a file or URL, in :data:`LONGEST` seconds and not more than :data:`LARGEST` bytes.
+
+    A server may send its answer, headers too, a byte at a time: no time-out of a socket sees that, so a thread waits
+    for it, and is left behind when its time is up.
+    """
+    answer: dict[str, bytes | Exception] = {}
+    thread = Thread(target=_receive, args=(origin, answer), daemon=True)
+    thread.start()
+    thread.join(LONGEST)
+    got = answer.get(origin, TimeoutError(f"not whole after {LONGEST} seconds"))
+    if isinstance(got, Exception):
+        reason = getattr(got, "reason", None) or getattr(got, "strerror", None) or got
+        raise InputError(f"{origin}: cannot be had ({reason}); --from DIR|URL names a mirror") from None
+    if len(got) > LARGEST:
+        raise InputError(f"{origin}: larger than {LARGEST} bytes, which no published list is; nothing was written")
+    return got
+
+
+def _receive(origin: str, answer: dict[str, bytes | Exception]) -> None:
     try:
         if "://" not in origin:
-            return Path(origin).read_bytes()
+            answer[origin] = read_file(Path(origin))
+            return
         with urllib.request.urlopen(origin, timeout=60) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise InputError(f"{origin}: cannot be had ({reason}); --from DIR|URL names a mirror") from None
+            answer[origin] = response.read(LARGEST + 1)
+    except (InputError, OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        answer[origin] = error

@@ -80,13 +80,18 @@ def joined(words: list[str]) -> str:
 
 
 def word_order(case: Case, prompt: str) -> list[int]:
-    """Places of the words of ``prompt``, the most significant first: a word counts as its strongest token."""
+    """Places of the words of ``prompt``, the most significant first: a word counts as its strongest token.
+
+    Words past the model's limit of tokens are left out: the model does not see them.
+    """
     t = case.grid[0]
     values = token_significance(case.pipe, prompt, case.noise, t, case.uncond.eps[t]).values.tolist()
     strongest, start = [], 0
     for word in prompt.split():
+        if start >= len(values):
+            break
         length = len(case.pipe.tokenizer(word, add_special_tokens=False).input_ids)
-        strongest.append(max(values[start : start + length], default=0.0))  # words past the limit count nothing
+        strongest.append(max(values[start : start + length], default=0.0))
         start += length
     return sorted(range(len(strongest)), key=lambda place: -strongest[place])
 

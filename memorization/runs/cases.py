@@ -15,6 +15,7 @@ from memorization.evaluation.calibration import Calibration
 from memorization.mitigations.base import Levels, Mitigation
 from memorization.mitigations.case import Case
 from memorization.models.spec import ModelSpec
+from memorization.settings import fitted
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ class Cases:
         return [self(prompts[start : start + self.at_once]) for start in range(0, len(prompts), self.at_once)]
 
 
+def calibrated_settings(calibration: Calibration) -> dict[str, dict]:
+    """Detector -> the settings that were fitted, and those beside them.
+
+    Raises:
+        InputError: the detector has no such setting, or a value makes no sense; names the file.
+    """
+    return {
+        name: fitted(DETECTORS.find(name), own, f"{calibration.path}: {name}") if name in DETECTORS else own
+        for name, own in calibration.settings.items()
+    }
+
+
 def scoring_detectors(
     mitigations: Iterable[Mitigation], spec: ModelSpec, calibration: Calibration
 ) -> dict[str, PromptDetector]:
@@ -65,7 +78,7 @@ def scoring_detectors(
     """
     names = dict.fromkeys([SCORED_BY, *(mitigation.lowers for mitigation in mitigations if mitigation.lowers)])
     settings = spec.settings_of("detectors", DETECTORS)
-    for name, own in calibration.settings.items():
+    for name, own in calibrated_settings(calibration).items():
         settings[name] = {**settings.get(name, {}), **own}
     made = make_detectors(list(names), settings)
     if unfit := [detector.name for detector in made if not isinstance(detector, PromptDetector)]:

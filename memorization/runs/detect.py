@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, make_detectors
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.evaluation.bands import ROUNDS
 from memorization.evaluation.calibration import Calibration
 from memorization.io.prompts import Listed
 from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.paths import in_project
+from memorization.runs.cases import calibrated_settings
 from memorization.runs.memory import default_batch_size, with_memory
 from memorization.runs.pictures import PictureScorer
 from memorization.runs.scorer import Scorer, SequentialScorer
@@ -74,7 +76,7 @@ def configured_detectors(
         raise InputError(f"settings of {idle[0]}, which is not among the detectors: {', '.join(names)}")
     calibration.check(holds_for, asked)
     of_model = spec.settings_of("detectors", DETECTORS)
-    layers = (of_model, calibration.settings, asked)
+    layers = (of_model, calibrated_settings(calibration), asked)
     known = {name for layer in layers for name in layer}
     return make_detectors(
         names, {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in known}
@@ -146,9 +148,10 @@ def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, st
     Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
 
     Raises:
-        InputError: not even one row fits into memory, or the model gave a value that is not finite.
+        InputError: the store holds more lines than ``frame``, not even one row fits into memory, or the model gave a
+            value that is not finite.
     """
-    if store.done < len(frame):
+    if store.lacks(len(frame)):
         store.start()
         with_memory(lambda size: _score_all(make_scorer(batch_size=size), frame, store), store, batch_size)
 
@@ -156,7 +159,9 @@ def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, st
 def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
     keep = [column for column in KEPT if column in frame]
     size = scorer.prompts_at_once
-    with tqdm(total=len(frame), initial=store.done, desc=store.name, unit=scorer.columns[0], smoothing=0) as bar:
+    with tqdm(
+        total=len(frame), initial=store.done, desc=printable(store.name), unit=scorer.columns[0], smoothing=0
+    ) as bar:
         for start in range(store.done // size * size, len(frame), size):
             batch = frame.iloc[start : start + size]
             scores = scorer(*(batch[column].tolist() for column in scorer.columns))
@@ -174,11 +179,21 @@ def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
 def notes_on(pipe: LocalStableDiffusionPipeline, frame: pd.DataFrame) -> str:
     """What a user should know of a list, in one line."""
     prompts, limit = frame["prompt"].tolist(), pipe.tokenizer.model_max_length
-    lengths = [len(ids) for ids in pipe.tokenizer(prompts, truncation=False, verbose=False).input_ids]
     notes = {
         "blank lines skipped": frame.attrs.get("blank_lines", 0),
         "duplicated prompts": len(prompts) - len(set(prompts)),
-        f"prompts over {limit} tokens (cut off)": sum(length > limit for length in lengths),
+        f"prompts over {limit} tokens (cut off)": _count_longer(pipe.tokenizer, prompts, limit),
     }
     said = [f"{count} {what}" for what, count in notes.items() if count]
     return f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else "")
+
+
+def _count_longer(tokenizer: CLIPTokenizer, prompts: Sequence[str], limit: int) -> int:
+    """How many prompts have more than ``limit`` tokens, those of beginning and end among them."""
+    # A token is a letter or more, and most prompts are short: counting the tokens of a million takes minutes.
+    long = [prompt for prompt in prompts if not prompt.isascii() or len(prompt) > limit - 2]
+    count = 0
+    for start in range(0, len(long), 10_000):
+        ids = tokenizer(long[start : start + 10_000], truncation=False, verbose=False).input_ids
+        count += sum(len(own) > limit for own in ids)
+    return count

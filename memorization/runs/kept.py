@@ -8,12 +8,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memorization.io.figures import save_figure
-from memorization.io.pictures import read_picture
+from memorization.io.files import replacing, writing
+from memorization.io.pictures import read_picture, save_picture
 
 
 class KeptInMemory:
@@ -50,15 +50,17 @@ class KeptInFolder:
         for name in ("images", "embeds"):
             if anew:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            (self.folder / name).mkdir(exist_ok=True)
+            with writing(self.folder / name):
+                (self.folder / name).mkdir(exist_ok=True)
 
     def add(self, number: int, pictures: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
         """As :meth:`KeptInMemory.add`; no file of tensors where the remedy changed none."""
         for when, own in pictures.items():
             for n, picture in enumerate(own):
-                Image.fromarray(picture).save(self._picture(number, when, n))
+                save_picture(picture, self._picture(number, when, n))
         if tensors:  # a file with the memorized prompt's own embedding would be no remedy
-            save_file(tensors, self._tensors(number))
+            with replacing(self._tensors(number)) as part:
+                save_file(tensors, part)
 
     def pictures(self, number: int, when: str) -> np.ndarray:
         """As :meth:`KeptInMemory.pictures`."""

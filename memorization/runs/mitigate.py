@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from memorization.detectors.base import SCORED_BY
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.evaluation.calibration import Calibration
 from memorization.index.build import own_index
 from memorization.io.prompts import picture_files, read_prompts
@@ -233,7 +233,7 @@ def run_mitigation(
 
     On out of memory the batch size is halved.
     """
-    if store.done == len(frame):
+    if not store.lacks(len(frame)):
         return
     store.start()
     kept.start(anew=store.done == 0)
@@ -248,7 +248,7 @@ def _mitigate_all(
     cases: Cases, mitigation: Mitigation, frame: pd.DataFrame, judge: Judge, store: Store, kept: Kept
 ) -> None:
     size = cases.at_once
-    with tqdm(total=len(frame), initial=store.done, desc=store.name, unit="prompt", smoothing=0) as bar:
+    with tqdm(total=len(frame), initial=store.done, desc=printable(store.name), unit="prompt", smoothing=0) as bar:
         for start in range(store.done // size * size, len(frame), size):
             batch = frame.iloc[start : start + size]
             case = cases(batch["prompt"].tolist())

@@ -11,6 +11,7 @@ import torch
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, ImageDetector
 from memorization.errors import InputError
+from memorization.io.files import read_file
 from memorization.io.pictures import list_pictures
 from memorization.io.prompts import Listed
 from memorization.models.decoding import encode
@@ -27,9 +28,9 @@ def read_pictures(folder: Path) -> Listed:
     frame = list_pictures(folder)
     if "label" in frame and "family" not in frame:
         frame["family"] = [Path(path).name for path in frame["image"]]
-    digest = hashlib.sha256(frame.to_csv(lineterminator="\n").encode())
+    digest = hashlib.sha256(frame.to_csv(lineterminator="\n").encode("utf-8", "surrogateescape"))
     for path in frame["image"]:
-        digest.update(Path(path).read_bytes())
+        digest.update(read_file(Path(path)))
     return Listed(frame, {"images": digest.hexdigest()})
 
 

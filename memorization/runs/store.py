@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from memorization.errors import InputError
-from memorization.io.files import LineFile, read_json, read_lines, write_atomically
+from memorization.io.files import LineFile, read_lines, scored_lines, size_of_lines, write_atomically
+from memorization.io.records import read_record
 from memorization.paths import ROOT
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -35,6 +36,10 @@ class MemoryStore:
     def done(self) -> int:
         """How many prompts have their line."""
         return len(self.rows)
+
+    def lacks(self, count: int) -> bool:
+        """Whether lines of a list of ``count`` are missing."""
+        return self.done < count
 
     def append(self, rows: list[dict]) -> None:
         """Keep whole lines."""
@@ -78,12 +83,11 @@ class ResultStore:
         self._lines = LineFile(self.scores, "another run is writing to it; wait for it or choose another --out")
         try:
             earlier = {} if overwrite else self._earlier(settings)
-            rows, size = ([], 0) if overwrite else read_lines(self.scores)
+            self.done = 0 if overwrite else sum(1 for _ in scored_lines(self.scores))
         except InputError:
             self._lines.close()
             raise
-        self._lines.cut(size)
-        self.done = len(rows)
+        self._lines.cut(size_of_lines(self.scores, self.done))
         self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
         self._this_time = {**info, **_environment()}
         self._started: float | None = None
@@ -110,13 +114,23 @@ class ResultStore:
             if self.scores.stat().st_size:
                 raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
             return {}
-        earlier = read_json(path)
-        stored, wanted = _flat(earlier.get("settings", {})), _flat(json.loads(json.dumps(settings)))
+        earlier = read_record(path)
+        stored, wanted = _flat(earlier["settings"]), _flat(json.loads(json.dumps(settings)))
         changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
         if changed:
             what = "; ".join(f"{key}: {stored.get(key)} there, {wanted.get(key)} asked" for key in changed)
             raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
         return earlier
+
+    def lacks(self, count: int) -> bool:
+        """Whether lines of a list of ``count`` are missing.
+
+        Raises:
+            InputError: there are more than that.
+        """
+        if self.done > count:
+            raise InputError(f"{self.scores}: holds {self.done} lines for {count} prompts; start anew with --overwrite")
+        return self.done < count
 
     def append(self, rows: list[dict]) -> None:
         """Write whole lines and flush them."""
@@ -125,23 +139,27 @@ class ResultStore:
 
     def start(self) -> None:
         """Say in ``run.json`` that scoring goes on from here, by whom and on what. Without it nothing is rewritten."""
-        self._started = time.time()
+        self._started = time.monotonic()
         self.record.setdefault("sessions", []).append({"from": self.done, **self._this_time})
         self.save("running")
 
     def save(self, status: str) -> None:
-        """Write ``run.json``."""
+        """Write ``run.json``; of a complete run it says how many lines there are."""
         self.record["status"] = status
+        if status == "complete":
+            self.record["lines"] = self.done
         write_atomically(self.folder / "run.json", json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> ResultStore:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._started is not None:
-            self.record["seconds"] = round(self.record["seconds"] + time.time() - self._started, 1)
-            self.save("complete" if kind is None else "stopped")
-        self._lines.close()
+        try:
+            if self._started is not None:
+                self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 1)
+                self.save("complete" if kind is None else "stopped")
+        finally:
+            self._lines.close()
 
 
 Store = ResultStore | MemoryStore

@@ -115,7 +115,7 @@ def draw_trajectory(case: Case, amg: AMG, path: Path) -> None:
         upper.plot(t, np.abs(sigma), color=color, lw=1, label=[name, *[None] * (sigma.shape[1] - 1)])
     upper.scatter(*(np.broadcast_to(v, sigma.shape)[opened] for v in (t[:, None], np.abs(sigma))), s=14, color=color)
     upper.plot(t, [look.gate for look in guide.looks], "k--", lw=1, label="gate (dots: open)")
-    upper.set(ylabel=guide.nearest.measure, title=case.prompts[0].replace("$", r"\$"))
+    upper.set(ylabel=guide.nearest.measure, title=case.prompts[0])
     for key, label in (("s1", "s1: despecification"), ("s2", "s2: caption deduplication"), ("sim", "|G_sim| / |eps|")):
         lower.plot(t, [getattr(look, key).mean() for look in guide.looks], ".-", lw=1, label=f"{label}, mean")
     lower.axhline(guide.scale - 1, color="0.8", lw=1, label="s0 - 1: their limit")

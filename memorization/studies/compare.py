@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from memorization.errors import InputError
-from memorization.io.pictures import read_picture, to_tensor
+from memorization.io.files import writing
+from memorization.io.pictures import read_picture, save_picture, to_tensor
 from memorization.mitigations.base import Mitigation
 from memorization.paths import safe_name
 from memorization.runs.store import ResultStore
@@ -117,8 +117,9 @@ class Comparison:
             self._add(row, numbers, batch, have)
         if self.reference and "frechet" not in self.rows[row.name]:
             items = [line["item"] for line in self.lines(row.name) if line["label"] == 1]
-            distance = self.reference.distance(np.concatenate([self.pictures(row.name, item) for item in items]))
-            self._note(self.rows[row.name], "frechet", round(distance, 4))
+            pictures = np.concatenate([self.pictures(row.name, item) for item in items])
+            if len(pictures) > 1:  # one has no spread
+                self._note(self.rows[row.name], "frechet", round(self.reference.distance(pictures), 4))
 
     def _register(self, row: Row) -> None:
         """Write down what the row is, or see that it is what was written."""
@@ -158,9 +159,11 @@ class Comparison:
         self.store.append([{"id": self.store.done + i, **line} for i, line in enumerate(missing)])
 
     def _save(self, row: str, number: int, pictures: np.ndarray) -> None:
-        (self.store.folder / safe_name(row)).mkdir(exist_ok=True)
+        folder = self.store.folder / safe_name(row)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         for noise, picture in enumerate(pictures):
-            Image.fromarray(picture).save(self.path(row, number, noise))
+            save_picture(picture, self.path(row, number, noise))
 
     def path(self, row: str, number: int, noise: int) -> Path:
         """Of a picture."""

@@ -12,9 +12,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from memorization.errors import InputError
 from memorization.evaluation.metrics import family_weights
 from memorization.io.figures import draw_strips, save_figure
-from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.files import read_lines, write_atomically
+from memorization.io.records import read_record
 from memorization.io.tables import markdown
 from memorization.similarity.judge import FIELD_LIMITS, NEARNESS, Judge, copies_title, is_copy, is_distance
 from memorization.studies.compare import PLAIN, Comparison, Item
@@ -25,8 +27,10 @@ SHOWN = (10, 4)  # columns of the sheet: copies, and items that need no mitigati
 def read_comparison(folder: Path) -> tuple[pd.DataFrame, dict]:
     """(lines of the rows that are whole, what ``run.json`` says of the run)."""
     lines = pd.DataFrame(read_lines(folder / "scores.jsonl")[0])
+    if not {"row", "item", "label", "family"} <= set(lines) or not (lines["row"] == PLAIN).any():
+        raise InputError(f"{folder}: scores.jsonl holds no comparison with a row {PLAIN!r}")
     items = lines.groupby("row")["item"].transform("size")
-    return lines[items == items[lines["row"] == PLAIN].iloc[0]], read_json(folder / "run.json")
+    return lines[items == items[lines["row"] == PLAIN].iloc[0]], read_record(folder / "run.json")
 
 
 def table_of_run(folder: Path, resamples: int = 1000) -> pd.DataFrame:
@@ -139,7 +143,7 @@ def at_equal_alignment(table: pd.DataFrame, kept: float = 0.9) -> pd.DataFrame:
         for i in np.flatnonzero((clip[:-1] >= wanted) != (clip[1:] >= wanted)):  # the curve crosses it here
             part = (clip[i] - wanted) / (clip[i] - clip[i + 1])
             reached.append(copies[i] + part * (copies[i + 1] - copies[i]))
-        found.append({"method": method, column: min(reached)})
+        found.append({"method": method, column: min(reached, default=np.nan)})
     return pd.DataFrame(found).sort_values(column)
 
 

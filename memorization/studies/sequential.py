@@ -17,9 +17,10 @@ from memorization.detectors.base import DEFAULT_DETECTORS, DETECTORS
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, fit_bands, noises_needed
 from memorization.evaluation.metrics import family_weights, measure, noise_mean, threshold_at
+from memorization.evaluation.runs import read_run_record
 from memorization.flags import ArgumentParser, Arguments, add_flags, run_script
 from memorization.io.figures import save_figure
-from memorization.io.files import read_json, read_lines, write_atomically
+from memorization.io.files import read_lines, write_atomically
 from memorization.io.tables import markdown
 
 RISKS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
@@ -75,10 +76,8 @@ def main(arguments: Arguments = None) -> None:
     add("--detector", default=DEFAULT_DETECTORS[0], help="default: %(default)s")
     add_flags(parser, "--fpr", "--resamples")
     args = parser.parse_args(arguments)
-    if not (args.run / "run.json").is_file():
-        raise InputError(f"{args.run}: holds no run (no run.json); detect_mem.py makes one")
-    settings = read_json(args.run / "run.json")["settings"]
-    if settings["num_images"] != ROUNDS[-1] or settings.get("sequential"):
+    settings = read_run_record(args.run)["settings"]
+    if settings.get("num_images") != ROUNDS[-1] or settings.get("sequential"):
         raise InputError(f"{args.run}: needs a run with a fixed --noises {ROUNDS[-1]}")
     rows = pd.DataFrame(read_lines(args.run / "scores.jsonl")[0])
     if not {"label", "split", args.detector} <= set(rows):
