@@ -123,6 +123,8 @@ def test_changed_settings_are_refused(run_script, prompt_file, tmp_path):
         (["--model", TINY, "--prompts", "LIST", "--seed", "-1"], "--seed: -1 is no whole number from 0"),
         (["--model", TINY, "--prompts", "LIST", "--batch-size", "many"], "whole number"),
         (["--model", TINY, "--prompts", "LIST", "--device", "warp"], "device 'warp'"),
+        (["--model", TINY, "--images", "FOLDER", "--noises", "4"], "--images goes without --noises"),
+        (["--model", TINY, "--images", "FOLDER", "--guidance-scale", "2"], "--images goes without .*--guidance-scale"),
         (["--model", TINY, "--memorized", "LIST"], "--non-memorized"),
         (["--model", TINY, "--prompts", "LIST", "--calibration", "LIST"], "not a calibration file"),
         (["--prompts", "LIST"], "--model"),

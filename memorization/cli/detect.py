@@ -57,6 +57,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         parser.error("--sequential needs --calibration FILE, made with --noises 8")
     if args.pictures and (args.prompts or args.memorized or args.explain or args.sequential or args.measure_costs):
         parser.error("--images goes without prompt lists, --explain, --sequential and --measure-costs")
+    if args.pictures and (args.noises != 1 or args.guidance_scale is not None):
+        parser.error("--images goes without --noises and --guidance-scale: pictures are scored as they are")
     if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
         parser.error("give either --prompts, or --memorized and --non-memorized")
     args.settings = settings_by_detector(args)
