@@ -143,8 +143,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except InputError as error:
         _end(f"error: {error}", 2)
-    except BrokenPipeError:  # as in `| head`; what is left in the buffer goes nowhere, without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as in `| head`
+        _forget_output()
         sys.exit(1)
     except KeyboardInterrupt:
         _end("interrupted", 1)
@@ -171,8 +171,17 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
+def _forget_output() -> None:
+    """What is left in the buffer of standard output goes nowhere; else Python says a word of its own as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _end(line: str, status: int) -> NoReturn:
     print(printable(line), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk
+        _forget_output()
     sys.exit(status)
 
 
