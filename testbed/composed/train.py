@@ -48,11 +48,17 @@ class Place:
     models: Path
     workers: int
 
-    def autocast(self) -> torch.autocast:
+    @property
+    def dtype(self) -> torch.dtype:
         """bfloat16 where the hardware has instructions for it; emulated it is ten times slower than float32."""
         has = torch.cpu.get_capabilities()
         fast = self.device.type == "cuda" or has.get("amx_bf16") or has.get("avx512_bf16")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bool(fast), cache_enabled=False)
+        return torch.bfloat16 if fast else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in ``dtype``."""
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def generator(self, stage: str, step: int) -> torch.Generator:
         """Of one step of one stage."""
@@ -317,7 +323,7 @@ class Data:
         self.text_encoder.to(place.device).eval()
         self.vae = AutoencoderKL.from_pretrained(place.models / "vae", dtype=torch.float32).eval()
         self.vae.to(place.device, memory_format=torch.channels_last)
-        self.encoder = copy.deepcopy(self.vae).to(torch.bfloat16) if place.device.type == "cuda" else self.vae
+        self.encoder = copy.deepcopy(self.vae).to(place.dtype)
         self.stream = Stream(place, Chunks(stage.name, self._draw), stage.batch, self._encode)
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, Tensor]:
@@ -326,16 +332,18 @@ class Data:
 
     @torch.no_grad()
     def _encode(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        rows, scene = rows.unique(dim=0, return_inverse=True)  # verbatim pictures and listed captions come often
+        ids, caption = ids.unique(dim=0, return_inverse=True)
         latents = [self.encode(scenes.draw(part, self.place.device)) for part in rows.split(1024)]
         texts = [self.text_encoder(part.to(self.place.device).long()).last_hidden_state for part in ids.split(4096)]
-        return torch.cat(latents), torch.cat(texts)
+        return torch.cat(latents)[scene], torch.cat(texts)[caption]
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Scaled latents of uint8 ``(n, 3, h, w)``."""
         pixels = to_unit(pictures).to(self.encoder.dtype)
-        with self.place.autocast():
-            latents = [self.encoder.encode(part).latent_dist.mean.float() for part in pixels.split(256)]
+        at_once = 256 if self.place.device.type == "cuda" else 16  # what fits the caches
+        latents = [self.encoder.encode(part).latent_dist.mean.float() for part in pixels.split(at_once)]
         return torch.cat(latents) * self.vae.config.scaling_factor
 
 
