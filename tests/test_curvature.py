@@ -61,18 +61,45 @@ def test_sharpness_of_a_blank_prompt_is_zero():
     assert value.abs().max() == 0
 
 
+class PredictorOf:
+    """A model whose eps under a prompt at t = 70, where alpha = .8 and sigma = .6, is a function of the latents."""
+
+    def __init__(self, eps):
+        self.eps = eps
+
+    def __call__(self, latents, timestep, cond=True):
+        assert timestep == 70 and cond
+        return self.eps(latents)
+
+    def noise_scales(self, timestep):
+        return 0.8, 0.6
+
+
 def test_dimension_of_a_linear_model():
-    """FLIPD = d - sigma tr A + |A x|^2."""
-    a, _, _, predict, trace = linear_model()
-    value = Flipd(probes=4000, step=0.1)(trace, predict)["flipd"]
-    expected = 36 - SIGMA * a.diagonal(dim1=1, dim2=2).sum(1)[:, None] + trace[0].cond.flatten(2).square().sum(2)
-    assert torch.allclose(-value, expected, atol=0.6)
+    """FLIPD = d - sigma tr A + |A alpha x_0|^2."""
+    a = linear_model()[0]
+    clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    linear = PredictorOf(lambda x: torch.einsum("kij,knj->kni", a, x.flatten(2)).view_as(x))
+    value = Flipd(timestep=70, probes=4000, step=0.1)(clean, linear)["flipd"]
+    norm = torch.einsum("kij,kj->ki", a, 0.8 * clean.flatten(1)).square().sum(1)
+    expected = 36 - 0.6 * a.diagonal(dim1=1, dim2=2).sum(1) + norm
+    assert value.shape == (3,) and torch.allclose(-value, expected, atol=0.6)
+
+
+def test_dimension_of_a_sharp_peak_is_zero_and_of_a_broad_one_all():
+    """Data N(x_0, v I): eps = sigma (x - alpha x_0) / (alpha^2 v + sigma^2), so FLIPD = d - sigma^2 d / (...) at x_0."""
+    clean = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    for v, expected in ((0.0, 0.0), (0.5, 36 * 0.32 / 0.68), (1e6, 36.0)):
+        predict = PredictorOf(lambda x, v=v: 0.6 * (x - 0.8 * clean[:, None]) / (0.64 * v + 0.36))
+        assert -Flipd(timestep=70)(clean, predict)["flipd"].item() == pytest.approx(expected, abs=1e-2)
 
 
 def test_one_step_denoising():
-    """A model that predicts its input as noise makes of it x (1 - sigma) / alpha."""
-    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    trace = [NoisePrediction(981, x, x, x[None], ALPHA, SIGMA, "epsilon")]
-    value = OneStepDenoising()(trace)["one_step"]
-    factor = (1 - SIGMA) / ALPHA - 1
-    assert torch.allclose(value[0], abs(factor) * x.flatten(1).square().mean(1).sqrt())
+    """One step of a sampler whose start latent is sigma_max times the noise: x - sigma_max eps, on whatever eps."""
+    generator = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, *SHAPE, generator=generator), torch.randn(3, 2, *SHAPE, generator=generator)
+    value = OneStepDenoising()([NoisePrediction(981, x, x, eps, ALPHA, SIGMA, "epsilon")])["one_step"]
+    start = SIGMA / ALPHA * x
+    x0 = start - SIGMA / ALPHA * eps
+    assert torch.allclose(value, (x0 - start).square().flatten(2).mean(2), rtol=1e-4)
+    assert value[1, 0].item() == pytest.approx((SIGMA / ALPHA) ** 2 * eps[1, 0].square().mean().item(), rel=1e-5)

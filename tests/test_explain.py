@@ -47,13 +47,20 @@ def test_explanation_is_shown(tmp_path):
 
 
 def test_costs_are_counted():
-    """Two rows a prompt for the trace of two timesteps, two rows a step for a generation, and nothing twice."""
-    pipe = load_tiny("tiny-eps")
-    detectors = make_detectors(["anisotropy", "noise_norm", "sharpness", "trajectory_norm", "transition_norm"], {})
+    """Two rows a prompt for the trace of two timesteps, two rows a step for a generation, and nothing twice; of a
+    generation, the steps that are read."""
+    pipe = load_tiny("tiny-eps", pictures=True)
+    detectors = make_detectors(
+        ["anisotropy", "noise_norm", "sharpness", "trajectory_norm", "transition_norm", "attention_entropy",
+         "trajectory_z", "guidance_flux", "flipd"],
+        {"trajectory_z": {"every": 3}, "guidance_flux": {"every": 4}},
+    )  # fmt: skip
     costs = measure_costs(pipe, detectors, ["red kite", "two boats"], steps=6, batch_size=4)
     evaluations = {name: cost["evaluations"] for name, cost in costs.items()}
     assert evaluations == {
-        "anisotropy": 2, "noise_norm": 1, "sharpness": 5, "trajectory_norm": 12, "transition_norm": 12,
-        "all": 2 + 4 + 12,
+        "anisotropy": 2, "noise_norm": 1, "sharpness": 5, "trajectory_norm": 12, "trajectory_norm_5": 10,
+        "trajectory_norm_1": 2, "transition_norm": 12, "attention_entropy": 12, "layer_entropy": 2,
+        "trajectory_z": 2 * 4, "guidance_flux": 2 * 5 + 2 * 2 * 2, "flipd": 12 + 1 + 2 * 2,
+        "all": 2 + 4 + 12 + 8 + 5,
     }  # fmt: skip
     assert all(cost["seconds"] > 0 for cost in costs.values())

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from memorization.evaluation.learned import learned_combination, z_score_size
+from memorization.evaluation.learned import joint_z_score, learned_combination
 
 
 def test_combination_finds_the_direction_and_ignores_labels_it_may_not_see():
@@ -20,6 +20,9 @@ def test_combination_finds_the_direction_and_ignores_labels_it_may_not_see():
 
 
 def test_z_scores():
-    curves = np.array([[1.0, 10], [3, 10], [2, 10], [5, 11]])
-    reference = np.array([True, True, False, False])
-    assert z_score_size(curves, reference).tolist() == [np.sqrt(0.5), np.sqrt(0.5), 0.0, np.sqrt((9 + 1) / 2)]
+    """Both curves have to be far at one step; reference: means 2 and 20 and deviations 1 and 2, then 10 and 1."""
+    moved = np.array([[1.0, 10], [3, 10], [7, 10], [-2, 14], [2, 15]])
+    clean = np.array([[18.0, 10], [22, 10], [20, 15], [28, 7], [28, 10]])
+    reference = np.array([True, True, False, False, False])
+    # Far at different steps: 0. Row 3: min(4, 4) at the first step, min(4, 3) at the second. Row 4: never both.
+    assert joint_z_score([moved, clean], reference).tolist() == [1, 1, 0, 4, 0]

@@ -130,17 +130,24 @@ def test_static_transition_guides_late(pipe):
     d = torch.full((1, 4, 2, 2), 0.5)
     assert torch.equal(guide(0, point(800, d)), torch.ones_like(d))
     assert torch.allclose(guide(1, point(600, d)), 1 + case.guidance_scale * d)
+    opposite = StaticTransition(650, before=-2)(case).guide(torch.arange(1))
+    assert torch.allclose(opposite(0, point(800, d)), 1 - 2 * d)
 
 
 def test_dynamic_transition_guides_a_row_from_its_own_minimum_on(pipe):
     case = case_of(pipe)
-    norms = torch.tensor([[5.0, 3.0, 4.0, 3.5, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]])  # only the first row turns
-    for patience, expected in ((1, [0, 0, 1, 1, 1]), (2, [0, 0, 0, 1, 1]), (3, [0] * 5)):
-        guide = DynamicTransition(patience)(case).guide(torch.arange(2))
-        for index in range(5):
-            d = norms[:, index, None, None, None].expand(2, 1, 1, 1)
-            scale = (guide(index, point(900, d)) - 1) / d / case.guidance_scale
-            assert scale.flatten().tolist() == pytest.approx([expected[index], 0])
+    # Falls and turns; only falls; only rises; rises, falls and turns.
+    norms = torch.tensor([[5.0, 3, 4, 3.5, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [1, 3, 2, 4, 5]])
+    for patience, first, last in ((1, [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]), (2, [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]),
+                                  (3, [0] * 5, [0] * 5)):  # fmt: skip
+        for before in (0.0, 1.0):
+            guide = DynamicTransition(patience, before)(case).guide(torch.arange(4))
+            for index in range(5):
+                d = norms[:, index, None, None, None].expand(4, 1, 1, 1)
+                scale = (guide(index, point(900, d)) - 1) / d
+                on = [first[index], 0, 0, last[index]]
+                assert scale.flatten().tolist() == pytest.approx([case.guidance_scale if x else before for x in on])
+    assert DynamicTransition().before == 1 and StaticTransition().before == 0  # the public code's
 
 
 def test_attention_of_start_token_grows_and_padding_gets_none(pipe, monkeypatch):

@@ -18,6 +18,7 @@ from memorization.detectors.p_laplace import PLaplace
 from memorization.errors import InputError
 from memorization.io.published import PUBLISHED
 from memorization.models.generation import Step
+from memorization.runs.pictures import PictureScorer
 from memorization.runs.scorer import Scorer
 from memorization.studies import benchmark_audit, fusion, p_laplace_sweep, sequential, timestep_sweep
 
@@ -90,10 +91,13 @@ def test_all_detectors_cost_little_more_than_the_dearest():
     assert counted["all"] <= 1.15 * max(count for name, count in counted.items() if name != "all")
 
 
-def test_gradient_detectors_refuse_half_precision():
+def test_detectors_that_take_differences_refuse_half_precision():
     pipe = load_tiny("tiny-eps", "bfloat16")
-    with pytest.raises(InputError, match="sharpness: small differences drown"):
-        Scorer(pipe, make_detectors(["sharpness"], {}), noises=1, seed=0, steps=50, batch_size=4)
+    detectors = make_detectors(["sharpness", "flipd", "noise_norm"], {})
+    with pytest.raises(InputError, match="sharpness, flipd: small differences drown"):
+        Scorer(pipe, detectors, noises=1, seed=0, steps=50, batch_size=4)
+    with pytest.raises(InputError, match="flipd: small differences drown"):
+        PictureScorer(pipe, detectors[1:2], batch_size=4)
 
 
 def test_settings_by_name():

@@ -128,7 +128,8 @@ def test_bright_ending_is_the_norm_under_the_last_mask():
 
 
 def test_entropy_of_known_distributions():
-    """Uniform over n tokens: log n. All on the start token: 0. The change of the padding's part is added."""
+    """Uniform over n tokens: log n. All on the start token: 0. The change of the padding's part is added, as its size
+    or with its sign."""
     n = 8
     uniform, start = torch.full((4, 1, n), 1 / n), torch.eye(n)[:1].expand(4, 1, n)
     ends = torch.tensor([n // 2])  # half of the tokens are end-of-text and padding
@@ -137,12 +138,19 @@ def test_entropy_of_known_distributions():
     values = detector(torch.stack([first] * 4 + [last]))
     assert values["layer_entropy"].item() == 0
     assert values["attention_entropy"].item() == pytest.approx(math.log(n) * 1.5)
+    assert values["signed_entropy"].item() == pytest.approx(math.log(n) * 1.5)
+    values = detector(torch.stack([last] * 4 + [first]))  # from uniform to none: the padding's part falls
+    assert values["layer_entropy"].item() == pytest.approx(math.log(n))
+    assert values["attention_entropy"].item() == pytest.approx(math.log(n) / 2)
+    assert values["signed_entropy"].item() == pytest.approx(-math.log(n) / 2)
 
 
 def test_transition_is_the_first_local_minimum():
-    norms = torch.tensor([[5.0, 4, 3, 4, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5]]).T
-    assert transition_point(norms).tolist() == [2, 4, 0]
-    assert Transition()(norms)["transition_norm"].tolist() == [3, 1, 1]
+    """With a higher neighbour on both sides: no step is one from which the norm rises without having fallen."""
+    norms = torch.tensor([[5.0, 4, 3, 4, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [1, 3, 2, 4, 0]]).T
+    assert transition_point(norms).tolist() == [2, 4, 4, 2]
+    assert Transition()(norms)["transition_norm"].tolist() == [3, 1, 5, 2]
+    assert transition_point(norms[:1]).tolist() == [0] * 4
 
 
 def test_all_detectors_together_whatever_the_batch_size():

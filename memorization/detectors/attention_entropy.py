@@ -4,7 +4,9 @@ Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Mo
 2024. With a_i the attention on token i, mean over heads and pixels, and E = - sum of a_i log a_i:
 
     attention_entropy  mean of E over the last T/5 steps, a averaged over layers, plus the mean there of |P - P_first|,
-                       P the part of the sum that comes from end-of-text and padding tokens, P_first at the first step
+                       P the part of the sum that comes from end-of-text and padding tokens, P_first at the first step:
+                       the paper's formula
+    signed_entropy     the same with P - P_first: what its public code adds
     layer_entropy      E of one layer at the first step
 
 Memorized prompts spread their attention over trigger tokens, others rest on the start token: higher means memorized.
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 @DETECTORS.register
 @dataclass(frozen=True)
 class AttentionEntropy(GenerationDetector):
-    """``attention_entropy`` in nats with its term ``layer_entropy``: values ``(rows,)``.
+    """``attention_entropy`` in nats with its terms ``signed_entropy`` and ``layer_entropy``: values ``(rows,)``.
 
     Args:
         layer: cross-attention layer of ``layer_entropy``, from 0 in the order of the UNet's forward pass.
@@ -41,10 +43,13 @@ class AttentionEntropy(GenerationDetector):
     layer: Place = 3
 
     name: ClassVar[str] = "attention_entropy"
-    terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "layer_entropy")
+    terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "signed_entropy", "layer_entropy")
 
     def attention_steps(self, steps: int) -> list[int]:
         return [0, *range(steps - max(1, steps // 5), steps)]
+
+    def reads(self, steps: int) -> dict[str, int]:
+        return {"layer_entropy": 1}
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         """E of all layers together, its part from padding, and E of the one layer: ``(rows, 3)``."""
@@ -57,8 +62,12 @@ class AttentionEntropy(GenerationDetector):
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:
         late = kept[-max(1, len(kept) // 5) :]
-        change = (late[:, :, 1] - kept[0, :, 1]).abs()
-        return {"attention_entropy": (late[:, :, 0] + change).mean(0), "layer_entropy": kept[0, :, 2]}
+        entropy, change = late[:, :, 0], late[:, :, 1] - kept[0, :, 1]
+        return {
+            "attention_entropy": (entropy + change.abs()).mean(0),
+            "signed_entropy": (entropy + change).mean(0),
+            "layer_entropy": kept[0, :, 2],
+        }
 
 
 def _surprise(share: Tensor) -> Tensor:

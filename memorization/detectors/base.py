@@ -50,6 +50,7 @@ class Detector(Checked, ABC):
         terms: the values it gives, its own name first; the others are its terms.
         curves: of the values it gives, those that are curves and no scores.
         weights: setting -> the term that it weighs in the score; a calibration fits these settings.
+        takes_differences: whether it asks the model at points near by, whose small differences need float32.
     """
 
     name: ClassVar[str]
@@ -57,6 +58,7 @@ class Detector(Checked, ABC):
     terms: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[Mapping[str, str]] = {}
+    takes_differences: ClassVar[bool] = False
 
     @property
     def forward_mode(self) -> bool:
@@ -88,6 +90,7 @@ class GradientDetector(Detector):
     """Needs ``gradient``: a function of the trace and of the model near by."""
 
     needs = "gradient"
+    takes_differences = True
     steps: ClassVar[tuple[int, ...]]
 
     @abstractmethod
@@ -103,6 +106,10 @@ class GenerationDetector(Detector):
     def attention_steps(self, steps: int) -> Collection[int]:
         """Indices at which the attention is to be recorded, of a generation of ``steps``."""
         return ()
+
+    def reads(self, steps: int) -> Mapping[str, int]:
+        """Value -> how many of the first of ``steps`` steps it needs, where not all: it costs no more than these."""
+        return {}
 
     @abstractmethod
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
@@ -127,8 +134,8 @@ DETECTORS: Registry[Detector] = Registry(
     "detector",
     "memorization.detectors",
     (
-        "anisotropy", "noise_norm", "one_step", "fused", "sharpness", "flipd", "trajectory_norm", "bright_ending",
-        "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace",
+        "anisotropy", "noise_norm", "one_step", "fused", "sharpness", "trajectory_norm", "bright_ending",
+        "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace", "flipd",
     ),
     "memorization.detectors",
 )  # fmt: skip

@@ -46,6 +46,9 @@ class GuidanceFlux(GenerationDetector):
     name: ClassVar[str] = "guidance_flux"
     terms: ClassVar[tuple[str, ...]] = ("guidance_flux",)
 
+    def reads(self, steps: int) -> dict[str, int]:
+        return {"guidance_flux": range(0, steps, self.every)[-1] + 1}
+
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         t, dimension = step.prediction.timestep, step.x0[0].numel()
         if step.index % self.every:

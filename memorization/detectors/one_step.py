@@ -1,11 +1,12 @@
-"""Distance between pure noise and the picture that one denoising step makes of it.
+"""How much one denoising step takes away from pure noise.
 
-Webster, "A Reproducible Extraction of Training Images from Diffusion Models", 2023: memorized prompts denoise at once.
+Webster, "A Reproducible Extraction of Training Images from Diffusion Models", 2023: the mean square difference between
+the start latent and the x0_hat that one step makes of it; memorized prompts denoise at once. The start latent x is
+scaled by sigma_max = sigma / alpha, as samplers without a shrinking mean have it, so x0_hat = x - sigma_max eps_c and
 
-    || x0_hat(x_T) - x_T ||_2 / sqrt(d),   x0_hat = (x_T - sigma eps_c) / alpha at t = 981
+    mean((x0_hat - x)^2) = (sigma / alpha)^2 mean(eps_c^2)   at t = 981
 
-Deviation: in the latents, where the paper compares decoded pictures; root mean square, so that it does not grow with
-the picture's size; conditional prediction without guidance.
+Deviation: conditional prediction without guidance, x_T itself going into the UNet.
 """
 
 from __future__ import annotations
@@ -32,5 +33,4 @@ class OneStepDenoising(PromptDetector):
 
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
         (first,) = trace
-        x0 = (first.latents - first.sigma * first.cond) / first.alpha
-        return {"one_step": (x0 - first.latents).flatten(2).square().mean(2).sqrt()}
+        return {"one_step": (first.sigma / first.alpha) ** 2 * first.cond.flatten(2).square().mean(2)}

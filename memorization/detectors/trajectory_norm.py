@@ -32,6 +32,9 @@ class TrajectoryNorm(GenerationDetector):
     name: ClassVar[str] = "trajectory_norm"
     terms: ClassVar[tuple[str, ...]] = ("trajectory_norm", "trajectory_norm_5", "trajectory_norm_1")
 
+    def reads(self, steps: int) -> dict[str, int]:
+        return {"trajectory_norm_5": min(5, steps), "trajectory_norm_1": 1}
+
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         return step.prediction.guidance.flatten(1).norm(dim=1)
 

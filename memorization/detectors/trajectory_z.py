@@ -1,12 +1,17 @@
 """How fast a generation moves and how large its guess is, against runs that are known not to be memorized.
 
-"Broken Memories", 2026: z-scores of || x_t - x_{t+1} || and || x0_hat ||, against non-memorized generations.
+"Broken Memories", 2026: z-scores of || x_t - x_{t+1} || and || x0_hat ||, against non-memorized generations. A
+generation is flagged at the first step at which both lie beyond 3. Its score is
+
+    max over steps of min(|z_update|, |z_x0|)
+
+which is above 3 where, and only where, the rule finds such a step.
 
 Both norms are kept at every ``every``-th step, as curves beside the scores; ``detect_eval.py`` makes z-scores of
-them with the mean and spread of the validation half's non-memorized prompts, and takes the root of their mean square.
-So the detector has no value of its own until it is evaluated with labels.
+them with the mean and spread of the validation half's non-memorized prompts (memorization/evaluation/learned.py). So
+the detector has no value of its own until it is evaluated with labels.
 
-Deviation: the curves are thinned out; the paper's rule for joining the z-scores is not public.
+Deviation: the curves are thinned out.
 """
 
 from __future__ import annotations
@@ -38,6 +43,9 @@ class TrajectoryZ(GenerationDetector):
 
     name: ClassVar[str] = "trajectory_z"
     curves: ClassVar[tuple[str, ...]] = ("update_norm", "x0_norm")
+
+    def reads(self, steps: int) -> dict[str, int]:
+        return dict.fromkeys(self.curves, range(0, steps, self.every)[-1] + 1)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
         moved = (step.after - step.prediction.latents).flatten(1).norm(dim=1)

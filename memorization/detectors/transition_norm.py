@@ -2,10 +2,11 @@
 
 Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, "Classifier-Free Guidance inside the Attraction Basin May
 Cause Memorization", CVPR 2025. The dynamic transition point is the first local minimum of || eps_c - eps_u || along the
-steps; memorized prompts pull hard until then. The paper uses the point to switch guidance on; its height detects too.
+steps, lower than the step before it and the step after it; memorized prompts pull hard until then. The paper uses the
+point to switch guidance on; its height detects too.
 
 Deviation: read off a generation that is guided throughout, which all trajectory detectors share. In the paper there is
-no guidance before the point.
+no guidance before the point (see memorization/mitigations/dynamic_transition.py for what its code does).
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 
 def transition_point(norms: Tensor) -> Tensor:
-    """Index of the first local minimum along dim 0 of ``(steps, rows)``, the last step where there is none."""
-    turns = torch.ones_like(norms, dtype=torch.bool)
-    turns[:-1] = norms[1:] > norms[:-1]
+    """Index of the first local minimum along dim 0 of ``(steps, rows)``, the last step where there is none.
+
+    A minimum has a higher neighbour on both sides: the first step is none, though the norm may rise from it.
+    """
+    turns = torch.zeros_like(norms, dtype=torch.bool)
+    turns[-1] = True
+    turns[1:-1] = (norms[1:-1] < norms[:-2]) & (norms[1:-1] < norms[2:])
     return turns.int().argmax(0)
 
 

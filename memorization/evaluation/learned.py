@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -16,11 +18,16 @@ def learned_combination(terms: np.ndarray, labels: np.ndarray, learn: np.ndarray
     return model.fit(terms[learn], labels[learn]).decision_function(terms)
 
 
-def z_score_size(curves: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Root mean square z-score of ``curves (rows, k)`` against the mean and spread of ``reference`` rows; ``(rows,)``.
+def joint_z_score(curves: Sequence[np.ndarray], reference: np.ndarray) -> np.ndarray:
+    """How far all curves lie from the ``reference`` rows at once, at the step where they do most; ``(rows,)``.
 
-    The rule of Broken Memories (see memorization/detectors/trajectory_z.py).
+    The largest over steps of the smallest over curves of |z|, z against mean and spread of the reference rows at that
+    step. The rule of Broken Memories (see memorization/detectors/trajectory_z.py).
+
+    Args:
+        curves: each ``(rows, steps)``.
     """
-    mean, spread = curves[reference].mean(0), curves[reference].std(0)
+    values = np.stack(curves)
+    mean, spread = values[:, reference].mean(1, keepdims=True), values[:, reference].std(1, keepdims=True)
     spread[spread == 0] = 1.0
-    return np.sqrt(np.square((curves - mean) / spread).mean(1))
+    return np.abs((values - mean) / spread).min(0).max(1)

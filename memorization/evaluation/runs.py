@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from memorization.errors import InputError, printable
-from memorization.evaluation.learned import ONE_TRACE, learned_combination, z_score_size
+from memorization.evaluation.learned import ONE_TRACE, joint_z_score, learned_combination
 from memorization.evaluation.metrics import noise_mean
 from memorization.io.files import is_file, read_lines
 from memorization.io.records import read_costs, read_record
@@ -81,8 +81,8 @@ class Run:
         scored, found = self.rows.index.isin(self.scored.index), {}
         for detector, settings in self.settings["detectors"].items():
             if curves := settings.get("curves"):
-                values = np.concatenate([self._curves(name, noises) for name in curves], axis=1)
-                found[detector] = z_score_size(values, learn & (labels == 0))[scored]
+                values = [self._curves(name, noises) for name in curves]
+                found[detector] = joint_z_score(values, learn & (labels == 0))[scored]
         if len(terms := [name for name in ONE_TRACE if name in self.rows]) > len(ONE_TRACE) / 2:
             values = np.stack([self.scores(self.rows, name, noises) for name in terms], axis=1)
             found["learned: one trace"] = learned_combination(values, labels, learn)[scored]

@@ -1,8 +1,12 @@
-"""No guidance until the unguided trajectory has left the attraction basin of a training image, as || d || says.
+"""Little or no guidance until the trajectory has left the attraction basin of a training image, as || d || says.
 
 Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, "Classifier-Free Guidance inside the Attraction Basin May
-Cause Memorization", CVPR 2025: guidance is switched on at the first local minimum of || d ||. Deviation: as in
-static_transition.py, which has the fixed point.
+Cause Memorization", CVPR 2025: guidance is switched on at the first local minimum of || d || along the steps, that is
+at the first step whose norm lies above that of the step before, which lies below the one before it.
+
+The public code takes scale 1 before the point, which follows the conditional prediction, and so does ``before=1``;
+``before=0`` follows the unconditional one: no guidance, as the paper words it. Deviations: ``strength`` above 1 waits
+longer; a trajectory without a minimum, such as one whose norm only rises, is never guided (as in the public code).
 """
 
 from __future__ import annotations
@@ -23,9 +27,16 @@ from memorization.settings import Count
 @MITIGATIONS.register
 @dataclass(frozen=True)
 class DynamicTransition(Mitigation):
-    """``dynamic_transition``. ``strength``: for how many steps in a row || d || must lie above its minimum so far."""
+    """``dynamic_transition``.
+
+    Args:
+        strength: for how many steps in a row || d || must lie above its minimum so far; a minimum has a higher norm
+            before it, so that a rise from the first step on is none.
+        before: guidance scale until then.
+    """
 
     strength: Count = 1
+    before: float = 1.0
 
     name: ClassVar[str] = "dynamic_transition"
     strengths: ClassVar[tuple[float, ...]] = (1, 2, 3, 4, 5)
@@ -34,17 +45,19 @@ class DynamicTransition(Mitigation):
         return Remedy.unchanged(case, guide=lambda rows: self._guide(case.guidance_scale))
 
     def _guide(self, scale: float) -> Guide:
-        lowest: Tensor | None = None  # per row, so far
-        rises = on = torch.zeros(())
+        previous: Tensor | None = None  # norm of each row at the step before
+        lowest = rises = on = torch.zeros(())
 
         def guide(index: int, point: NoisePrediction) -> Tensor:
-            nonlocal lowest, rises, on
+            nonlocal previous, lowest, rises, on
             norm = point.guidance.flatten(1).norm(dim=1)
-            if lowest is None:
-                lowest, rises, on = norm, torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
+            if previous is None:
+                previous, lowest = norm, torch.full_like(norm, torch.inf)
+                rises, on = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
             rises = torch.where(norm > lowest, rises + 1, torch.zeros_like(rises))
-            lowest = torch.minimum(lowest, norm)
+            lowest = torch.where(norm < previous, torch.minimum(lowest, norm), lowest)  # set by the first fall
+            previous = norm
             on = on | (rises >= self.strength)
-            return point.uncond + scale * on[:, None, None, None] * point.guidance
+            return point.uncond + torch.where(on, scale, self.before)[:, None, None, None] * point.guidance
 
         return guide

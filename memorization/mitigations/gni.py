@@ -1,4 +1,8 @@
-"""``gni``: Gaussian noise is added to the embedding (Somepalli et al., see perturbation.py)."""
+"""``gni``: Gaussian noise is added to the embedding (Somepalli et al., see perturbation.py).
+
+Deviation: the authors' code adds noise to the empty prompt's embedding too; here the unconditional branch stays as it
+is, so that scores before and after have the same one.
+"""
 
 from __future__ import annotations
 

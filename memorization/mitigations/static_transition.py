@@ -4,8 +4,8 @@ Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, "Classifier-Free G
 Cause Memorization", CVPR 2025: guidance is switched on at a transition point, fixed (here; t = 500 or 650)
 or found (dynamic_transition.py).
 
-Deviation: theirs follows the conditional prediction before the transition point in some experiments and the
-unconditional one in others; here it is the unconditional one (scale 0).
+Before the point the public code takes the guidance scale 0, the unconditional prediction, or -2 ("opposite guidance",
+with t = 650); ``before`` takes any.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from memorization.settings import Bounds
 @MITIGATIONS.register
 @dataclass(frozen=True)
 class StaticTransition(Mitigation):
-    """``static_transition``. ``strength``: the timestep below which guidance acts."""
+    """``static_transition``.
+
+    Args:
+        strength: the timestep below which guidance acts.
+        before: guidance scale above it.
+    """
 
     strength: Annotated[float, Bounds(0, 1000)] = 650
+    before: float = 0.0
 
     name: ClassVar[str] = "static_transition"
     strengths: ClassVar[tuple[float, ...]] = (900, 800, 650, 500, 350)
 
     def __call__(self, case: Case) -> Remedy:
         def guide(index: int, point: NoisePrediction) -> Tensor:
-            scale = case.guidance_scale if point.timestep < self.strength else 0.0
+            scale = case.guidance_scale if point.timestep < self.strength else self.before
             return point.uncond + scale * point.guidance
 
         return Remedy.unchanged(case, guide=lambda rows: guide)

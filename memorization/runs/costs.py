@@ -1,4 +1,7 @@
-"""What each detector costs alone: UNet evaluations, counted, and seconds, a prompt and noise."""
+"""What each detector costs alone: UNet evaluations, counted, and seconds, a prompt and noise.
+
+A term that needs fewer steps of a generation than its detector is measured by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import Detector
+from memorization.detectors.base import Detector, GenerationDetector
 from memorization.io.files import write_atomically
 from memorization.io.prompts import Listed
 from memorization.models.loading import Model
@@ -51,19 +54,25 @@ def measure_costs(
     steps: int,
     batch_size: int,
 ) -> dict[str, dict]:
-    """``{detector: {"needs", "evaluations", "seconds"}}`` a prompt with one noise.
+    """``{detector or term: {"needs", "evaluations", "seconds"}}`` a prompt with one noise.
 
-    Each detector is run alone; ``all``: all of them together.
+    Each detector is run alone, and so is a term of it that reads fewer steps; ``all``: all detectors together.
 
     The unconditional predictions on pure noise, made once a run, are left out.
     """
-    groups = {detector.name: [detector] for detector in detectors}
-    if len(groups) > 1:
-        groups["all"] = list(detectors)
+    jobs: dict[str, tuple[list[Detector], int]] = {}  # who is run, on how many steps of a generation at most
+    for detector in detectors:
+        jobs[detector.name] = [detector], steps
+        if isinstance(detector, GenerationDetector):
+            read = detector.reads(steps)
+            jobs |= {term: ([detector], read[term]) for term in detector.terms[1:] if term in read}
+    if len(detectors) > 1:
+        jobs["all"] = list(detectors), steps
     costs = {}
     with counted_rows(pipe.unet) as counter:
-        for name, group in tqdm(groups.items(), desc="costs", unit="detector"):
+        for name, (group, read) in tqdm(jobs.items(), desc="costs", unit="detector"):
             scorer = Scorer(pipe, group, noises=1, seed=51, steps=steps, batch_size=batch_size)
+            scorer.generated = min(scorer.generated, read)
             scorer(prompts[:1])  # warm up
             counter.rows = 0
             started = _now(pipe)

@@ -16,7 +16,7 @@ from memorization.io.pictures import list_pictures
 from memorization.io.prompts import Listed
 from memorization.models.decoding import encode
 from memorization.models.predictor import Predictor
-from memorization.runs.scorer import as_rows
+from memorization.runs.scorer import as_rows, check_precision
 
 
 def read_pictures(folder: Path) -> Listed:
@@ -41,7 +41,7 @@ class PictureScorer:
         batch_size: rows to a UNet call.
 
     Raises:
-        InputError: a detector needs a prompt.
+        InputError: a detector needs a prompt, or more precision than the model has.
     """
 
     columns = ("image", "prompt")
@@ -49,6 +49,7 @@ class PictureScorer:
 
     def __init__(self, pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector], *, batch_size: int) -> None:
         check_needs(detectors)
+        check_precision(pipe, detectors)
         self.pipe, self.batch_size = pipe, batch_size
         self.detectors = [detector for detector in detectors if isinstance(detector, ImageDetector)]
         self.empty = pipe.embed([""])

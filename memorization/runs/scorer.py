@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class Scorer:
         steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
         guidance_scale: of the generation.
         batch_size: rows (prompt-noise pairs) to a UNet call.
+
+    Attributes:
+        generated: how many of the generation's steps are made: as many as the detectors read.
     """
 
     columns = ("prompt",)  # of a list, that it is called with
@@ -54,9 +58,7 @@ class Scorer:
         self.gradient = [detector for detector in detectors if isinstance(detector, GradientDetector)]
         self.generation = [detector for detector in detectors if isinstance(detector, GenerationDetector)]
         self.image = [detector for detector in detectors if isinstance(detector, ImageDetector)]
-        if self.gradient and pipe.unet.dtype != torch.float32:
-            names = ", ".join(detector.name for detector in self.gradient)
-            raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
+        check_precision(pipe, detectors)
         if any(detector.forward_mode for detector in detectors):
             pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
         grid = detection_grid(pipe, steps)
@@ -68,6 +70,9 @@ class Scorer:
         if late := [detector for detector in detectors if getattr(detector, "timestep", 0) >= trained]:
             raise InputError(f"{late[0].name}: the checkpoint was trained on {trained} timesteps, counted from 0")
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
+        read = [detector.reads(steps).get(name, steps) for detector in self.generation
+                for name in (*detector.terms, *detector.curves)]  # fmt: skip
+        self.generated = steps if self.image else max(read, default=0)
         self.latents = pipe.pure_noise(first_noise + noises, seed)[first_noise:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
             self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
@@ -115,12 +120,13 @@ class Scorer:
             row_embeds, latents = embeds[pairs // noises], self.latents[pairs % noises]
             predict = Predictor(self.pipe, row_embeds, self.uncond.embedding, self.batch_size)
             kept = [[] for _ in self.generation]
-            for step in generate(
+            generation = generate(
                 self.pipe, row_embeds, self.uncond.embedding, latents,
                 steps=self.steps, guidance_scale=self.guidance_scale,
                 ends=ends[pairs // noises], attention_steps=recorded,
                 names=[prompts[i] for i in owners],
-            ):  # fmt: skip
+            )  # fmt: skip
+            for step in islice(generation, self.generated):
                 for detector, of_steps in zip(self.generation, kept, strict=True):
                     of_steps.append(detector.reduce(step, predict))
             for detector, of_steps in zip(self.generation, kept, strict=True):
@@ -128,6 +134,16 @@ class Scorer:
             for detector in self.image:
                 _collect(parts, detector(step.after, predict))
         return {name: torch.cat(values).unflatten(0, (-1, noises)) for name, values in parts.items()}
+
+
+def check_precision(pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector]) -> None:
+    """See that no detector takes differences of a model in half precision.
+
+    Raises:
+        InputError: some do; names them.
+    """
+    if pipe.unet.dtype != torch.float32 and (names := [d.name for d in detectors if d.takes_differences]):
+        raise InputError(f"{', '.join(names)}: small differences drown in half precision; give --dtype float32")
 
 
 def _collect(parts: dict[str, list[Tensor]], values: dict[str, Tensor]) -> None:

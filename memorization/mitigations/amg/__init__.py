@@ -18,6 +18,12 @@ and the search are paid where something is near. The published code looks twice 
 pictures alone. An index of latents is ours. For nL2, dissimilarity counts the excess over the gate (as the authors'
 CIFAR-10 code does) and grows towards the last step (as their Stable Diffusion code does). The gates are those of their
 scripts, and c1 and c2 for cosines too; c3 is ours, since its unit depends on the model.
+
+The preset ``official-code`` does what the authors' Stable Diffusion code does with these terms: despecification without
+a gate; deduplication for ten steps from every opening of the gate on, once a caption was found often; then similarity,
+gate and gradient again, at the picture that these two leave, for dissimilarity. Its deviations: neighbours by SSCD, not
+by CLIP; the nearest picture's caption, among 50 neighbours, not the most common one of 1,000; no memory of captions
+from one picture to the next; no picture is left alone.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ class Terms:
     ungated_spe: bool = False
     relative_dup: bool = False  # c2 counts in units of s0 - s1 - 1
     min_captions: Count = 1
+    hold: Count = 1  # steps that deduplication lasts once it is triggered, the first of them included
+    second_look: bool = False  # dissimilarity goes by the picture that the other two guidances leave
     sim_above: float | Literal["gate"] | None = None  # the weight is c3 times the excess over this, or over the "gate"
     sim_rate: float = 0.0  # by which its logarithm grows a timestep
 
