@@ -1,6 +1,7 @@
 """Anti-memorization guidance: every term against its formula, the gate, and what it does to a generation."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -201,6 +202,115 @@ def test_duplication_counts_where_the_preset_asks_for_it(nearest):
     guide(0, point_of(clean)[0])
     assert nearest.index.multiplicity(neighbours_of(nearest, clean)[0]) == [3, 1]
     assert (guide.looks[0].s2 > 0).tolist() == [True, False]
+
+
+class Cosines:
+    """An index by cosine of two training pictures, orthogonal unit vectors; ``often`` says how often a caption comes."""
+
+    measure = "sscd"
+    training = torch.eye(8, dtype=torch.float64)[:2]
+
+    def __init__(self):
+        self.often = 30
+        self.index = SimpleNamespace(
+            captions=["one", "another"], multiplicity=lambda rows: [self.often] * len(rows)
+        )  # fmt: skip
+
+    def find(self, features):
+        return (features @ self.training.T).argsort(1, descending=True)
+
+    def nearness(self, features, rows):
+        return (features * self.training[rows[:, 0]]).sum(1)
+
+
+def unit(x):
+    return x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+
+
+def picture_at(cosine, other=0.0):
+    """A picture whose cosines to the two training pictures are these."""
+    rest = (1 - cosine**2 - other**2) ** 0.5
+    return torch.tensor([cosine, other, rest, 0, 0, 0, 0, 0], dtype=torch.float64).view(1, 2, 2, 2)
+
+
+def official(guidances=("spe", "dup", "sim"), **changed):
+    """The guide of the preset ``official-code`` by cosines, and the captions that it asks eps of."""
+    asked, index = [], Cosines()
+
+    def caption_eps(latents, timestep, captions):
+        asked.extend(captions)
+        return torch.full_like(latents, 0.01 * len(captions[0]))
+
+    terms = replace(find_terms("official-code", "sscd"), **changed)
+    return AntiMemorization(index, terms, frozenset(guidances), 7.5, 3, unit, caption_eps), index, asked
+
+
+def near_point(clean, t=500, pull=1e-3):
+    """A prediction that implies ``clean``, of a small guidance vector: the guidances hardly move it."""
+    point, _ = point_of(clean, t)
+    point = point._replace(cond=point.uncond + pull * point.guidance)
+    eps = point.uncond + 7.5 * point.guidance
+    return point._replace(latents=point.alpha * clean + point.sigma * eps), eps
+
+
+@pytest.mark.parametrize(("cosine", "acts"), [(0.45, True), (0.29, False), (-0.2, False)])
+def test_the_gate_of_cosines_opens_above_its_level(cosine, acts):
+    guide, _, _ = official(["sim"])
+    point, eps = near_point(picture_at(cosine))  # the gate stands at .308
+    found = guide(0, point)
+    assert guide.looks[0].open.tolist() == [acts] and torch.equal(found, eps) != acts
+    assert guide.looks[0].gate == pytest.approx(0.3 + 0.1 * np.exp(-2.5))
+    if acts:
+        after = (point.latents - point.sigma * (eps + 1e-4 * (found - eps))) / point.alpha
+        assert unit(after)[0, 0] < cosine
+
+
+@pytest.mark.parametrize("pull", [1e-3, 0.15])
+def test_dissimilarity_of_the_authors_code_goes_by_what_the_others_leave(pull):
+    """Similarity, gate and gradient once more at the picture after despecification and deduplication."""
+    guide, _, _ = official()
+    point, eps = near_point(picture_at(0.45), pull=pull)
+    s1 = 13 * 0.45
+    s2 = min((6.5 - s1) / 0.3 * 0.45, 6.5 - s1)
+    between = eps - s1 * point.guidance - s2 * (0.03 - point.uncond)
+
+    def clean(x_t):
+        return (x_t - point.sigma * between) / point.alpha
+
+    x_t = point.latents.clone().requires_grad_()
+    sigma = unit(clean(x_t))[0, :2].max()
+    (gradient,) = torch.autograd.grad(sigma, x_t)
+    assert abs(sigma.item() - 0.45) > 0.01
+    weight = 100 * (sigma.item() - 0.3) * np.exp(0.00588 * 500) * (sigma.item() > 0.3 + 0.1 * np.exp(-2.5))
+    expected = between + weight * point.sigma * gradient
+    assert torch.allclose(guide(0, point), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_deduplication_of_the_authors_code_is_held_for_ten_steps():
+    guide, index, asked = official(["dup"])
+    far = near_point(picture_at(0.1, 0.2))
+    guide(0, far[0])  # a caption that comes often is remembered, but the gate is closed
+    assert asked == []
+    index.often = 1
+    guide(1, near_point(picture_at(0.45))[0])
+    assert asked == ["another"]
+    for step in range(2, 13):
+        found = guide(step, far[0]) - far[1]
+        s2 = 6.5 / 0.3 * 0.2 * (step < 11)  # nine more steps, at the nearness of the day
+        assert torch.allclose(found, -s2 * (0.07 - far[0].uncond), rtol=1e-3, atol=1e-6), step
+    assert asked == ["another"] * 10
+    guide(13, near_point(picture_at(0.45))[0])
+    assert len(asked) == 11
+
+
+def test_deduplication_waits_for_a_caption_that_comes_often():
+    guide, index, asked = official(["dup"])
+    index.often = 20
+    guide(0, near_point(picture_at(0.45))[0])
+    assert asked == []
+    index.often = 21
+    guide(1, near_point(picture_at(0.45))[0])
+    assert asked == ["one"]
 
 
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])

@@ -1,10 +1,13 @@
 """Metrics against scikit-learn, brute force and known answers."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from memorization.evaluation import metrics as ev
+from memorization.evaluation.runs import Run
+from memorization.runs.calibrate import calibrate
 
 
 @pytest.fixture
@@ -93,6 +96,35 @@ def test_paired_test_sees_a_difference_and_its_absence(data):
     assert found["difference"] > 0 and found["low"] > 0 and found["p"] < 0.05
     same = ev.paired_difference(good, good)
     assert same["difference"] == 0 and same["p"] == 1.0
+
+
+def test_paired_test_by_hand():
+    """Of ten resamples two are below 0 and one at 0: the smaller tail is 3 of 10, and both sides count."""
+    resampled = np.array([-2.0, -1, 0, 1, 2, 3, 4, 5, 6, 7])
+    left, right = (ev.Metrics({"auc": (value, 0, 0)}, {}, {"auc": column})
+                   for value, column in ((0.9, 5 + resampled), (0.7, np.full(10, 5.0))))  # fmt: skip
+    found = ev.paired_difference(left, right)
+    assert found["p"] == pytest.approx(0.6) and found["difference"] == pytest.approx(0.2)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])))
+    assert ev.paired_difference(right, left)["p"] == pytest.approx(0.6)
+    far = ev.Metrics({"auc": (0.9, 0, 0)}, {}, {"auc": np.full(10, 9.0)})
+    assert ev.paired_difference(far, right)["p"] == pytest.approx(0.2)  # no less than what ten resamples can say
+
+
+def test_a_calibration_by_hand():
+    """Levels and threshold of ordinary validation prompts, by the mean over the noises; the test half has no part."""
+    rows = [{"prompt": f"v{i}", "family": f"v{i}", "label": 0, "split": "validation", "mine": [i - 1.0, i + 1.0]}
+            for i in range(101)]  # fmt: skip
+    rows += [{"prompt": f"m{i}", "family": f"m{i}", "label": 1, "split": "validation", "mine": [200.0 + i] * 2}
+             for i in range(50)]  # fmt: skip
+    rows += [{"prompt": f"t{i}", "family": f"t{i}", "label": i % 2, "split": "test", "mine": [1e4, 1e4]}
+             for i in range(10)]  # fmt: skip
+    settings = {"model": "m", "num_images": 2, "steps": 50, "detectors": {"mine": {"terms": ["mine"]}}}
+    made = calibrate(Run(pd.DataFrame(rows), settings), 0.01)
+    assert (made["negatives"], made["positives"]) == (101, 50)
+    mine = made["detectors"]["mine"]
+    assert mine["levels"] == {0.25: 25, 0.5: 50, 0.75: 75, 0.9: 90, 0.99: 99}
+    assert mine["threshold"] == 99.5 and mine["realised_fpr"] == pytest.approx(1 / 101)
 
 
 @pytest.mark.parametrize("target", [0.01, 0.03, 0.2])

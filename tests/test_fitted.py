@@ -1,9 +1,11 @@
 """Scores that learn from the validation half."""
 
 import numpy as np
+import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from memorization.evaluation.learned import joint_z_score, learned_combination
+from memorization.evaluation.runs import Run
 
 
 def test_combination_finds_the_direction_and_ignores_labels_it_may_not_see():
@@ -26,3 +28,21 @@ def test_z_scores():
     reference = np.array([True, True, False, False, False])
     # Far at different steps: 0. Row 3: min(4, 4) at the first step, min(4, 3) at the second. Row 4: never both.
     assert joint_z_score([moved, clean], reference).tolist() == [1, 1, 0, 4, 0]
+
+
+def test_curves_are_judged_by_the_ordinary_prompts_of_the_validation_half_over_the_noises_asked_for():
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame({
+        "prompt": [f"p{i}" for i in range(40)], "family": [f"f{i}" for i in range(40)], "label": [0, 1] * 20,
+        "split": ["validation"] * 20 + ["test"] * 20,
+        "a": rng.normal(size=(40, 3, 5)).tolist(), "b": rng.normal(2, 3, size=(40, 3, 5)).tolist(),
+    })  # fmt: skip
+    settings = {"model": "m", "num_images": 3, "detectors": {"way": {"terms": [], "curves": ["a", "b"]}}}
+    run = Run(frame, settings)
+    reference = np.arange(40) < 20
+    reference[1::2] = False
+    for noises in (1, 3):
+        curves = [np.array(frame[name].tolist())[:, :noises].mean(1) for name in ("a", "b")]
+        z = [np.abs(curve - curve[reference].mean(0)) / curve[reference].std(0) for curve in curves]
+        expected = np.minimum(*z).max(1)[20:]
+        np.testing.assert_allclose(run.fitted(noises)["way"], expected)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -117,6 +118,61 @@ def test_sail_lowers_its_loss_by_other_noise(pipe):
             return pipe.trace(case.embeds[:1], latents + u, [t])[t].guidance[0].flatten(1).norm(dim=1)
 
     assert (norm(remedy.latents[0]) < norm(case.noise)).all()
+
+
+class Quadratic:
+    """A pipeline whose d under prompt k is (x - m_k)^2 / 2, entry by entry, and whose empty prompt gives 1."""
+
+    def __init__(self, means):
+        self.means = means
+        self.device = means.device
+
+    def embed(self, prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
+    def predict_noise(self, latents, timestep, embeds):
+        assert timestep == 981
+        number = embeds[:, 0, 0].round().long()  # 0 for the empty prompt, k + 1 for prompt k
+        shift = torch.cat([latents.new_zeros(1, *latents.shape[1:]), self.means])[number]
+        return torch.where((number > 0)[:, None, None, None], 1 + (latents - shift).square() / 2, 1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
+def test_sail_steps_down_its_own_loss(alpha):
+    """Adam's first step goes by the signs of the gradient of |d(x + u)| + alpha |x|, u the unit vector along d(x)."""
+    generator = torch.Generator().manual_seed(0)
+    means, noise = torch.randn(2, 2, 3, 3, generator=generator), torch.randn(2, 2, 3, 3, generator=generator)
+    case = SimpleNamespace(
+        pipe=Quadratic(means), prompts=["a", "b"], embeds=torch.tensor([1.0, 2.0])[:, None, None], noise=noise,
+        grid=[981], levels={}, batch_size=3,
+    )  # fmt: skip
+
+    def loss(x, mean):
+        d = (x - mean).square() / 2
+        u = (d / d.norm()).detach()
+        return (x + u - mean).square().norm() / 2 + alpha * x.norm()
+
+    remedy = Sail(alpha=alpha, target=-1e9, lr=1e-3, iterations=1)(case)
+    assert remedy.latents.shape == (2, 2, 2, 3, 3) and remedy.iterations == [1, 1]
+    for prompt in range(2):
+        for number in range(2):
+            x = noise[number].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(x, means[prompt]), x)
+            expected = noise[number] - 1e-3 * gradient.sign()
+            assert torch.allclose(remedy.latents[prompt, number], expected, atol=1e-5)
+
+
+def test_sail_stops_at_its_level_and_the_usual_size_of_noise():
+    """The bound is the level of |d| plus alpha sqrt(dimension): a start below it stays."""
+    x = torch.ones(1, 2, 3, 3)
+    case = SimpleNamespace(
+        pipe=Quadratic(torch.zeros(1, 2, 3, 3)), prompts=["a"], embeds=torch.ones(1, 1, 1), noise=x, grid=[981],
+        levels={}, batch_size=4,
+    )  # fmt: skip
+    u = 1 / 18**0.5
+    norm = (1 + u) ** 2 / 2 * 18**0.5  # of d at x + u; |x| itself is sqrt 18
+    assert Sail(alpha=0.5, target=norm + 1e-3, iterations=3)(case).iterations == [0]
+    assert Sail(alpha=0.5, target=norm - 1e-3, iterations=3)(case).iterations != [0]
 
 
 def point(timestep, guidance):

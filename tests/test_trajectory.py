@@ -14,6 +14,7 @@ from memorization.detectors.base import make_detectors
 from memorization.detectors.bright_ending import BrightEnding
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.detectors.trajectory_norm import TrajectoryNorm
+from memorization.detectors.trajectory_z import TrajectoryZ
 from memorization.detectors.transition_norm import Transition, transition_point
 from memorization.models.attention import Attention, end_of_text
 from memorization.models.generation import Step, generate
@@ -151,6 +152,18 @@ def test_transition_is_the_first_local_minimum():
     assert transition_point(norms).tolist() == [2, 4, 4, 2]
     assert Transition()(norms)["transition_norm"].tolist() == [3, 1, 5, 2]
     assert transition_point(norms[:1]).tolist() == [0] * 4
+
+
+def test_curves_are_the_way_and_the_guess():
+    """The first curve is the length of each kept step, the second that of x0_hat."""
+    rows = torch.zeros(2, 1, 3, 4)
+    point = NoisePrediction(1, rows + 1, rows, rows, 0.1, 0.9, "epsilon")
+    steps = [Step(i, point, rows + 5 * (i + 1), rows + 1 + i, None) for i in range(5)]
+    detector = TrajectoryZ(every=2)
+    curves = detector(torch.stack([detector.reduce(s, None) for s in steps]))
+    root = math.sqrt(12)
+    assert torch.allclose(curves["update_norm"], root * torch.tensor([[0.0, 2, 4]] * 2))
+    assert torch.allclose(curves["x0_norm"], root * torch.tensor([[5.0, 15, 25]] * 2))
 
 
 def test_all_detectors_together_whatever_the_batch_size():
