@@ -205,7 +205,7 @@ def test_duplication_counts_where_the_preset_asks_for_it(nearest):
 
 
 class Cosines:
-    """An index by cosine of two training pictures, orthogonal unit vectors; ``often`` says how often a caption comes."""
+    """An index by cosine of two training pictures, orthogonal; ``often`` says how often a caption comes."""
 
     measure = "sscd"
     training = torch.eye(8, dtype=torch.float64)[:2]

@@ -87,7 +87,7 @@ def test_dimension_of_a_linear_model():
 
 
 def test_dimension_of_a_sharp_peak_is_zero_and_of_a_broad_one_all():
-    """Data N(x_0, v I): eps = sigma (x - alpha x_0) / (alpha^2 v + sigma^2), so FLIPD = d - sigma^2 d / (...) at x_0."""
+    """Data N(x_0, v I): eps = sigma (x - alpha x_0) / w, w = alpha^2 v + sigma^2; at x_0 FLIPD = d - sigma^2 d / w."""
     clean = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
     for v, expected in ((0.0, 0.0), (0.5, 36 * 0.32 / 0.68), (1e6, 36.0)):
         predict = PredictorOf(lambda x, v=v: 0.6 * (x - 0.8 * clean[:, None]) / (0.64 * v + 0.36))

@@ -13,6 +13,7 @@ from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.base import DETECTORS, make_detectors
 from memorization.detectors.fused import Fused
 from memorization.detectors.noise_norm import NoiseNorm
+from memorization.detectors.one_step import OneStepDenoising
 from memorization.errors import InputError
 
 
@@ -135,7 +136,8 @@ def test_fused_is_the_norm_and_the_turn():
     turn = 1 - (c @ u / c.norm() / u.norm()).item()
     assert value == pytest.approx((c - u).norm().item() + 10 * turn, rel=1e-5)
     grid = load_tiny("tiny-eps").detection_timesteps()
-    assert [grid[place] for place in Fused.steps] == [981, 781]
+    for cls, timesteps in ((Fused, [981, 781]), (Anisotropy, [981, 41]), (NoiseNorm, [981]), (OneStepDenoising, [981])):
+        assert [grid[place] for place in cls.steps] == timesteps
 
 
 def test_unknown_detector_names_the_known_ones():

@@ -6,6 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from memorization.evaluation import metrics as ev
+from memorization.evaluation.report import evaluate, table
 from memorization.evaluation.runs import Run
 from memorization.runs.calibrate import calibrate
 
@@ -125,6 +126,73 @@ def test_a_calibration_by_hand():
     mine = made["detectors"]["mine"]
     assert mine["levels"] == {0.25: 25, 0.5: 50, 0.75: 75, 0.9: 90, 0.99: 99}
     assert mine["threshold"] == 99.5 and mine["realised_fpr"] == pytest.approx(1 / 101)
+
+
+def test_a_weighed_score_is_calibrated_with_its_fitted_weights():
+    """Threshold and levels are those of the fitted sum, weights fitted to the means over the noises."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    first = rng.normal(size=200)[:, None] + labels[:, None] + rng.normal(0, 1, (200, 4))
+    second = 0.2 * labels[:, None] + rng.normal(0, 0.3, (200, 4))
+    rows = pd.DataFrame({
+        "prompt": "p", "family": np.arange(200), "label": labels, "norm": first.tolist(), "cosine": second.tolist(),
+        "anisotropy": np.zeros((200, 4)).tolist(),
+    })  # fmt: skip
+    own = {"norm_weight": 1.0, "variant": "eps", "terms": ["anisotropy", "norm", "cosine"]}
+    run = Run(rows, {"model": "m", "num_images": 4, "steps": 50, "detectors": {"anisotropy": own}})
+    entry = calibrate(run, 0.1)["detectors"]["anisotropy"]
+    weights = ev.fit_weights(labels, np.stack([first.mean(1), second.mean(1)], axis=1))
+    fitted = [entry["settings"][name] for name in ("norm_weight", "cosine_weight")]
+    assert fitted == pytest.approx(weights, rel=1e-3) and entry["settings"]["variant"] == "eps"
+    score = (fitted[0] * first + fitted[1] * second).mean(1)
+    assert entry["levels"][0.5] == pytest.approx(np.median(score[labels == 0]), rel=1e-4)
+    assert entry["threshold"] == pytest.approx(ev.threshold_at(labels, score, 0.1)[0])
+
+
+def test_a_fit_weighs_both_classes_alike():
+    """Twenty ordinary rows for each memorized one move the boundary, not the direction; repeated rows move nothing."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(400) % 20 == 0).astype(int)
+    terms = rng.normal(size=(400, 2)) + labels[:, None] * [1.0, 2.0]
+    repeat = np.where(labels == 1, 19, 1)
+    terms_twice, labels_twice = (np.repeat(x, repeat, axis=0) for x in (terms, labels))
+    balanced = ev.fit_weights(labels_twice, terms_twice)
+    assert ev.fit_weights(labels, terms) == pytest.approx(balanced, rel=0.05)
+
+
+def test_a_run_is_measured_on_its_other_half_by_the_first_noises_and_at_the_price_of_each_term():
+    """The scored rows leave the validation half out; a score at n = 1 is that of the first noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    frame = pd.DataFrame({
+        "prompt": "p", "family": np.arange(80), "label": labels,
+        "split": ["validation", "validation", "test", "test"] * 20,
+        "noise_norm": rng.normal(size=(80, 2)).tolist(), "way": (rng.normal(size=(80, 2)) + labels[:, None]).tolist(),
+        "way_5": rng.normal(size=(80, 2)).tolist(),
+    })  # fmt: skip
+    settings = {"model": "m", "num_images": 2, "detectors": {"noise_norm": {"terms": ["noise_norm"]},
+                                                             "way": {"terms": ["way", "way_5"]}}}  # fmt: skip
+    cost = {"needs": "generation", "seconds": 1.0}
+    costs = {"way": {**cost, "evaluations": 100}, "way_5": {**cost, "evaluations": 10}}
+    metrics = evaluate(Run(frame, settings, costs=costs), resamples=100)
+    assert metrics["counts"]["memorized"] == metrics["counts"]["left_out_validation"] // 2 == 20
+    test = (frame["split"] == "test").to_numpy()
+    for line in metrics["detectors"]:
+        if line["detector"] in frame:
+            score = np.array(frame[line["detector"]].tolist())[:, : line["images"]].mean(1)
+            assert line["auc"]["value"] == pytest.approx(roc_auc_score(labels[test], score[test]))
+    assert {name: cost["evaluations"] for name, cost in metrics["costs"].items()} == {"way": 100, "way_5": 10}
+    (row, *_) = [row for row in table(metrics).to_dict("records") if row["detector"] == "way_5" and row["n"] == 2]
+    assert row["UNet"] == "20"
+
+
+def test_an_interval_leaves_out_a_fortieth_on_either_side():
+    labels, scores = np.array([0, 1] * 50), np.random.default_rng(0).normal(size=100)
+    weights = ev.family_weights(np.arange(100), labels, 1000)
+    metrics = ev.measure(labels, scores, weights)
+    inside = [np.mean((metrics.resampled[key] >= low) & (metrics.resampled[key] <= high))
+              for key, (_, low, high) in metrics.values.items() if key == "auc"]  # fmt: skip
+    assert inside[0] == pytest.approx(0.95, abs=0.005)
 
 
 @pytest.mark.parametrize("target", [0.01, 0.03, 0.2])

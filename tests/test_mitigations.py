@@ -98,6 +98,12 @@ def test_descent_brings_the_score_to_the_target(pipe, cls):
     assert torch.equal(remedy.embeds[2], case.embeds[2]) and remedy.iterations[2] == 0  # the blank prompt is below it
 
 
+def test_the_bound_is_the_level_of_the_strength_or_the_target():
+    levels = {"noise_norm": {0.25: 1.0, 0.5: 2.0, 0.9: 3.0}, "anisotropy": {0.5: 7.0}}
+    assert [NoiseNorm(strength=share).bound(levels) for share in (0.25, 0.5, 0.9)] == [1, 2, 3]
+    assert NoiseNorm(strength=0.5, target=0.0).bound(levels) == 0 and Anisotropy().bound(levels) == 7
+
+
 def test_a_level_that_the_calibration_has_not_is_refused(pipe):
     with pytest.raises(InputError, match=r"no level 0.3 of noise_norm in the calibration \(it holds: 0.5\)"):
         NoiseNorm(strength=0.3)(case_of(pipe))
@@ -186,16 +192,17 @@ def test_static_transition_guides_late(pipe):
     d = torch.full((1, 4, 2, 2), 0.5)
     assert torch.equal(guide(0, point(800, d)), torch.ones_like(d))
     assert torch.allclose(guide(1, point(600, d)), 1 + case.guidance_scale * d)
+    assert torch.equal(guide(1, point(650, d)), torch.ones_like(d))  # guided below it
     opposite = StaticTransition(650, before=-2)(case).guide(torch.arange(1))
     assert torch.allclose(opposite(0, point(800, d)), 1 - 2 * d)
 
 
 def test_dynamic_transition_guides_a_row_from_its_own_minimum_on(pipe):
     case = case_of(pipe)
-    # Falls and turns; only falls; only rises; rises, falls and turns.
-    norms = torch.tensor([[5.0, 3, 4, 3.5, 2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [1, 3, 2, 4, 5]])
-    for patience, first, last in ((1, [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]), (2, [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]),
-                                  (3, [0] * 5, [0] * 5)):  # fmt: skip
+    # Falls, turns and stays above its minimum; only falls; only rises; rises, falls and turns.
+    norms = torch.tensor([[5.0, 3, 4, 3.5, 3.2], [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [1, 3, 2, 4, 1]])
+    for patience, first, last in ((1, [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]), (2, [0, 0, 0, 1, 1], [0] * 5),
+                                  (3, [0, 0, 0, 0, 1], [0] * 5), (4, [0] * 5, [0] * 5)):  # fmt: skip
         for before in (0.0, 1.0):
             guide = DynamicTransition(patience, before)(case).guide(torch.arange(4))
             for index in range(5):
@@ -251,6 +258,17 @@ def test_perturbations_insert_as_many_words_as_asked(pipe):
         assert all(word in rest for word in PROMPTS[0].split())  # the old words in their order
     noise = EmbeddingNoise(0.5)(case).embeds - case.embeds
     assert noise.std().item() == pytest.approx(0.5, rel=0.1)
+    assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 0.2  # each prompt has noise of its own
+
+
+def test_words_are_inserted_anywhere():
+    places = set()
+    for seed in range(20):
+        case = SimpleNamespace(prompts=PROMPTS[:1], seed=seed, embeds=torch.zeros(1, 1, 1), noise=torch.zeros(1, 1),
+                               pipe=SimpleNamespace(embed=lambda prompts: torch.zeros(1, 1, 1)))  # fmt: skip
+        (prompt,) = RandomNumbers(1)(case).prompts
+        places |= {i for i, word in enumerate(prompt.split()) if word.isdigit()}
+    assert {0, 6} < places  # before, behind, and between the six words
 
 
 def test_rewrite_changes_the_most_significant_word_first(pipe):
@@ -277,3 +295,22 @@ def test_sampling_without_a_remedy_is_plain_generation(pipe):
         around=lambda rows: nullcontext(),
     ))  # fmt: skip
     assert np.array_equal(plain, guided)
+
+
+def test_what_is_sampled_is_the_remedy(pipe):
+    """Other noise or another prompt's embedding is to the bit the other's pictures; the scale is the case's."""
+    case = case_of(pipe, PROMPTS[:2], guidance_scale=2.0)
+    plain = sample(case, Remedy.unchanged(case))
+    swapped = sample(case, Remedy.unchanged(case, latents=case.noise.flip(0).expand(2, *case.noise.shape)))
+    assert np.abs(swapped[:, ::-1].astype(int) - plain).max() <= 1 and not np.array_equal(swapped, plain)
+    other = sample(case, Remedy.unchanged(case, embeds=case.embeds.flip(0)))
+    assert np.abs(other[::-1].astype(int) - plain).max() <= 1
+    scaled = sample(case, Remedy.unchanged(case, guide=lambda rows: lambda i, p: p.uncond + 2 * p.guidance))
+    assert np.array_equal(scaled, plain)
+
+
+def test_the_score_of_a_case_is_the_mean_over_its_noises(pipe):
+    case = case_of(pipe, PROMPTS[:2])
+    with torch.no_grad():
+        each = [replace(case, noise=case.noise[i : i + 1]).score("noise_norm", case.embeds) for i in range(2)]
+        assert torch.allclose(case.score("noise_norm", case.embeds), torch.stack(each).mean(0), rtol=1e-4)

@@ -57,8 +57,9 @@ class Trace(PromptDetector):
     terms: ClassVar[tuple[str, ...]] = ("trace", "first", "last")
 
     def __call__(self, trace):
-        return {name: point.cond[:, :, 0, 0, 0] * 0 + value for name, point, value in zip(
-            self.terms, (trace[0], *trace), (trace[0].alpha, trace[0].timestep, trace[1].timestep), strict=True)}  # fmt: skip
+        first, last = trace
+        values = {"trace": first.alpha, "first": first.timestep, "last": last.timestep}
+        return {name: torch.full(first.cond.shape[:2], float(value)) for name, value in values.items()}
 
 
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])

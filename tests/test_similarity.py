@@ -63,6 +63,8 @@ def test_sscd_presets_prepare_pictures_their_way():
         "wen-224": (224, 224),
         "amg-224": (224, 224),
     }
+    odd = torch.zeros(1, 3, 451, 300)
+    assert sscd.prepare(odd, sscd.PRESETS["official-288"]).shape[2:] == (432, 288)  # 432.96, rounded down
     by_pillow = np.asarray(Image.fromarray(picture).resize((576, 288), Image.Resampling.BILINEAR)) / 255
     pixels = seen["official-288"][0].permute(1, 2, 0).numpy() * sscd.IMAGENET_STD + sscd.IMAGENET_MEAN
     assert np.abs(pixels - by_pillow).max() < 1.01 / 255 and np.abs(pixels * 255 % 1 - 0.5).min() > 0.49  # bytes

@@ -28,10 +28,11 @@ SHAPE = (4, 3, 3)
 class Gaussians:
     """A predictor whose noised density is N(alpha z, v I) round each row's own z with the prompt, N(0, I) without."""
 
-    def __init__(self, z, v):
-        self.z, self.v = z, v
+    def __init__(self, z, v, timestep=10):
+        self.z, self.v, self.timestep = z, v, timestep
 
     def noise_scales(self, timestep):
+        assert timestep == self.timestep
         return 0.9, math.sqrt(1 - 0.81)
 
     def __call__(self, latents, timestep, cond=True):
@@ -47,7 +48,8 @@ def test_p_laplace_of_a_peak():
     values = PLaplace(power=1.0)(z, predict)
     assert torch.allclose(values["p_laplace_prompt"], torch.full((2,), d / (sigma * d**0.5)), rtol=1e-4)
     assert (values["p_laplace"] < values["p_laplace_prompt"]).all()
-    values = PLaplace(power=2.0)(z, predict)
+    predict.timestep = 70
+    values = PLaplace(power=2.0, timestep=70)(z, predict)
     assert torch.allclose(values["p_laplace_prompt"], torch.full((2,), d / 0.05), rtol=1e-4)
     assert torch.allclose(values["p_laplace"], torch.full((2,), float(d)), rtol=0.5)
 

@@ -154,6 +154,22 @@ def test_transition_is_the_first_local_minimum():
     assert transition_point(norms[:1]).tolist() == [0] * 4
 
 
+def test_attention_is_recorded_where_it_is_read():
+    assert list(BrightEnding().attention_steps(50)) == [49]
+    assert AttentionEntropy().attention_steps(50) == [0, *range(40, 50)]
+    assert AttentionEntropy().attention_steps(3) == [0, 2]
+
+
+def test_layer_entropy_is_that_of_its_layer():
+    """Layer i spreads over i + 1 tokens: log (i + 1); the last layer where there are fewer."""
+    tokens = torch.stack([torch.tensor([1 / (i + 1)] * (i + 1) + [0.0] * (5 - i)) for i in range(5)])[:, None]
+    for layer, spread in ((0, 1), (2, 3), (3, 4), (9, 5)):
+        detector = AttentionEntropy(layer=layer)
+        kept = detector.reduce(step(attention=Attention(tokens, None, torch.tensor([6]))), None)
+        assert detector(kept[None])["layer_entropy"].item() == pytest.approx(math.log(spread), abs=1e-6)
+    assert AttentionEntropy().layer == 3
+
+
 def test_curves_are_the_way_and_the_guess():
     """The first curve is the length of each kept step, the second that of x0_hat."""
     rows = torch.zeros(2, 1, 3, 4)

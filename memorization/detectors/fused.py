@@ -4,8 +4,9 @@
 
 on pure noise: how hard the prompt pulls at the noisiest step, and how far it turns the prediction a fifth of the way
 on. It costs what the anisotropy score costs. Both features, both timesteps and the weight are the pair with the best
-out-of-fold AUC among 2,556 on testbed-eps's validation half (memorization/studies/fusion.py). The README says what they
-give on its other half and on testbed-v, which had no part in the choice. Nothing is known of other models.
+out-of-fold AUC among 2,556 on testbed-eps's validation half (memorization/studies/fusion.py). docs/results/detection.md
+says what they give on its other half and on testbed-v, which had no part in the choice. Nothing is known of other
+models.
 """
 
 from __future__ import annotations

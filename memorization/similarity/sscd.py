@@ -31,8 +31,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Preset(NamedTuple):
-    """How pictures are prepared: the short side is brought to ``side`` (or both, for ``squeeze``) by ``resample``, then
-    a square of ``crop`` is cut from the centre, then (x - mean) / std of pixels in [0, 1]."""
+    """How pictures are prepared: the short side is brought to ``side`` (or both, for ``squeeze``) by ``resample``, the
+    long one in proportion, rounded down; then a square of ``crop`` is cut from the centre, then (x - mean) / std of
+    pixels in [0, 1]."""
 
     side: int
     squeeze: bool = False
@@ -66,8 +67,7 @@ def prepare(pictures: Tensor, preset: Preset) -> Tensor:
     difference. The gradient passes through the rounding.
     """
     height, width = pictures.shape[2:]
-    scale = preset.side / min(height, width)
-    size = (preset.side, preset.side) if preset.squeeze else (round(height * scale), round(width * scale))
+    size = [preset.side if preset.squeeze else preset.side * side // min(height, width) for side in (height, width)]
     pixels = interpolate(pictures, size, mode=preset.resample, antialias=True).clamp(-1, 1) / 2 + 0.5
     pixels = pixels + ((pixels * 255).round() / 255 - pixels).detach()
     if preset.crop:

@@ -90,8 +90,8 @@ class AntiMemorization:
     def _look(
         self, point: NoisePrediction, rows: Tensor, eps: Tensor, gate: float, slope: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Neighbours of the clean pictures that ``eps`` implies for ``rows``, sigma, how far it lies above the gate, and
-        its gradient in x0: 0 where the gate is closed, and where no ``slope`` is asked for.
+        """Neighbours of the clean pictures that ``eps`` implies for ``rows``, sigma, how far it lies above the gate,
+        and its gradient in x0: 0 where the gate is closed, and where no ``slope`` is asked for.
 
         Raises:
             FloatingPointError: sigma or its gradient is not finite.
