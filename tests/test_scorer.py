@@ -62,6 +62,24 @@ class Trace(PromptDetector):
         return {name: torch.full(first.cond.shape[:2], float(value)) for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class Ends(GenerationDetector):
+    """Where the end of text is taken to be, at the second step, whose attention alone is recorded."""
+
+    name: ClassVar[str] = "ends"
+    terms: ClassVar[tuple[str, ...]] = ("ends",)
+
+    def attention_steps(self, steps):
+        return [1]
+
+    def reduce(self, step, predict):
+        return step.x0.new_zeros(len(step.x0)) if step.attention is None else step.attention.ends.float()
+
+    def __call__(self, kept):
+        assert not kept[[0, 2, 3]].any()
+        return {"ends": kept[1]}
+
+
 @pytest.fixture(scope="module", params=["tiny-eps", "tiny-v"])
 def pipe(request):
     return load_tiny(request.param, pictures=True)
@@ -98,6 +116,20 @@ def test_a_generation_is_guided_by_the_scale_and_an_image_is_its_end(pipe):
                         eps = pipe.predict_noise(steps[-1].after, 41, pipe.embed([text]))[0, 0, 0, 0].item()
                         assert row[name][noise] == pytest.approx(eps, rel=1e-3, abs=1e-4)
     assert rows[1.0][0]["ending"] != pytest.approx(rows[3.0][0]["ending"], rel=1e-3)
+
+
+def test_a_step_holds_the_guess_that_its_guided_prediction_implies(pipe):
+    for step in way_of(pipe, PROMPTS[1], 0):
+        point = step.prediction
+        eps = point.uncond + 3.0 * (point.cond - point.uncond)
+        guess = (point.latents - point.sigma * eps) / point.alpha
+        assert torch.allclose(step.x0, guess, rtol=1e-3, atol=1e-3 * guess.abs().max().item())
+
+
+def test_every_row_has_its_own_end_of_text(pipe):
+    ends = end_of_text(pipe, PROMPTS).tolist()
+    assert len(set(ends)) == 3
+    assert [row["ends"] for row in scored(pipe, [Ends()], batch_size=8)] == [[end] * NOISES for end in ends]
 
 
 def test_no_more_of_a_generation_is_made_than_is_read(pipe):

@@ -66,6 +66,13 @@ def test_guidance_that_pulls_to_the_guess_has_flux_one():
         point = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon")
         return torch.stack([detector.reduce(Step(i, point, z, z, None), predict) for i in range(4)])
 
+    def measured(x, t, cond=True):
+        distance = (x - 0.9 * z[:, None]).flatten(2).norm(dim=2)
+        assert t == 500 and torch.allclose(distance, torch.full_like(distance, 0.4 * 36**0.5))
+        return x
+
+    point = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon")
+    detector.reduce(Step(0, point, z, z, None), measured)
     assert torch.allclose(detector(kept(1))["guidance_flux"], torch.ones(2), atol=1e-4)
     assert torch.allclose(detector(kept(-1))["guidance_flux"], -torch.ones(2), atol=1e-4)
 
