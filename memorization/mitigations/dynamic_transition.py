@@ -4,9 +4,10 @@ Jain, Kobayashi, Shibuya, Takida, Memon, Togelius, Mitsufuji, "Classifier-Free G
 Cause Memorization", CVPR 2025: guidance is switched on at the first local minimum of || d || along the steps, that is
 at the first step whose norm lies above that of the step before, which lies below the one before it.
 
-The public code takes scale 1 before the point, which follows the conditional prediction, and so does ``before=1``;
-``before=0`` follows the unconditional one: no guidance, as the paper words it. Deviations: ``strength`` above 1 waits
-longer; a trajectory without a minimum, such as one whose norm only rises, is never guided (as in the public code).
+The public code takes the guidance scale 1 before the point, which is the conditional prediction; ``before=0`` takes the
+unconditional one. A trajectory without a minimum, such as one whose norm only rises, is never guided, there and here.
+
+Deviation: ``strength`` above 1 waits longer.
 """
 
 from __future__ import annotations
