@@ -168,19 +168,44 @@ def test_a_run_is_measured_on_its_other_half_by_the_first_noises_and_at_the_pric
         "prompt": "p", "family": np.arange(80), "label": labels,
         "split": ["validation", "validation", "test", "test"] * 20,
         "noise_norm": rng.normal(size=(80, 2)).tolist(), "way": (rng.normal(size=(80, 2)) + labels[:, None]).tolist(),
-        "way_5": rng.normal(size=(80, 2)).tolist(),
+        "way_5": rng.normal(size=(80, 2)).tolist(), "norm": rng.normal(size=(80, 2)).tolist(),
+        "cosine": rng.normal(size=(80, 2)).tolist(),
     })  # fmt: skip
-    settings = {"model": "m", "num_images": 2, "detectors": {"noise_norm": {"terms": ["noise_norm"]},
-                                                             "way": {"terms": ["way", "way_5"]}}}  # fmt: skip
+    detectors = {"noise_norm": {"terms": ["noise_norm"]}, "way": {"terms": ["way", "way_5"]},
+                 "sum": {"terms": ["norm", "cosine"]}}  # fmt: skip
+    settings = {"model": "m", "num_images": 2, "detectors": detectors}
     cost = {"needs": "generation", "seconds": 1.0}
     costs = {"way": {**cost, "evaluations": 100}, "way_5": {**cost, "evaluations": 10}}
-    metrics = evaluate(Run(frame, settings, costs=costs), resamples=100)
+    frame["family"] = frame["family"] // 8  # five families a half, of both labels
+    frame["prompt"] = np.where((frame["split"] == "test") == (frame["label"] == 1), "ABC DEF", "abc def")
+    metrics = evaluate(Run(frame, settings, costs=costs), resamples=100, sum_weights=(2.0, -3.0))
     assert metrics["counts"]["memorized"] == metrics["counts"]["left_out_validation"] // 2 == 20
     test = (frame["split"] == "test").to_numpy()
+    weights = ev.family_weights(frame["family"][test].to_numpy().astype(str), labels[test], 100)
+    auc = {}
     for line in metrics["detectors"]:
-        if line["detector"] in frame:
-            score = np.array(frame[line["detector"]].tolist())[:, : line["images"]].mean(1)
-            assert line["auc"]["value"] == pytest.approx(roc_auc_score(labels[test], score[test]))
+        name, n = line["detector"], line["images"]
+        if name in frame:
+            score = np.array(frame[name].tolist())[test][:, :n].mean(1)
+            auc[name, n] = roc_auc_score(labels[test], score)
+            assert line["auc"]["value"] == pytest.approx(auc[name, n])
+            assert (line["auc"]["low"], line["auc"]["high"]) == ev.measure(labels[test], score, weights).values["auc"][
+                1:
+            ]
+            realised = ev.tpr_at_fpr(labels[test], score, 0.03)[1]
+            assert line["realised_fpr"]["tpr@3%"] == realised
+    assert len(auc) == 10
+    (capitals,) = [line for line in metrics["detectors"] if line["detector"] == "text: capitals"]
+    assert capitals["auc"]["value"] == 1  # on the scored half; on the other it is the wrong way round
+    (summed,) = [
+        line for line in metrics["detectors"] if line["detector"].startswith("norm x 2") and line["images"] == 2
+    ]
+    norm, cosine = (np.array(frame[name].tolist())[test].mean(1) for name in ("norm", "cosine"))
+    assert summed["auc"]["value"] == pytest.approx(roc_auc_score(labels[test], 2 * norm - 3 * cosine))
+    for row in metrics["paired"]:
+        if row["metric"] == "auc" and row["detector"] in frame:
+            n = row["images"]
+            assert row["difference"] == pytest.approx(auc[row["detector"], n] - auc["noise_norm", n])
     assert {name: cost["evaluations"] for name, cost in metrics["costs"].items()} == {"way": 100, "way_5": 10}
     (row, *_) = [row for row in table(metrics).to_dict("records") if row["detector"] == "way_5" and row["n"] == 2]
     assert row["UNet"] == "20"

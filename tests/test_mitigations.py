@@ -168,6 +168,23 @@ def test_sail_steps_down_its_own_loss(alpha):
             assert torch.allclose(remedy.latents[prompt, number], expected, atol=1e-5)
 
 
+def test_sail_goes_on_with_the_rows_that_are_above_the_bound():
+    """The first prompt's noise is its own minimum and stays; the second is moved as if it were alone."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 2, 3, 3, generator=generator)
+    means = torch.cat([noise, torch.randn(1, 2, 3, 3, generator=generator)])
+
+    def remedy(*numbers):
+        embeds = torch.tensor([k + 1.0 for k in numbers])[:, None, None]
+        case = SimpleNamespace(pipe=Quadratic(means), prompts=["p"] * len(numbers), embeds=embeds, noise=noise,
+                               grid=[981], levels={}, batch_size=8)  # fmt: skip
+        return Sail(alpha=0.0, target=1.0, iterations=3)(case)
+
+    both, alone = remedy(0, 1), remedy(1)
+    assert both.iterations == [0, 3] and torch.equal(both.latents[0], noise)
+    assert torch.allclose(both.latents[1], alone.latents[0], atol=1e-5)
+
+
 def test_sail_stops_at_its_level_and_the_usual_size_of_noise():
     """The bound is the level of |d| plus alpha sqrt(dimension): a start below it stays."""
     x = torch.ones(1, 2, 3, 3)
@@ -262,13 +279,16 @@ def test_perturbations_insert_as_many_words_as_asked(pipe):
 
 
 def test_words_are_inserted_anywhere():
-    places = set()
+    places, repeated = set(), set()
     for seed in range(20):
         case = SimpleNamespace(prompts=PROMPTS[:1], seed=seed, embeds=torch.zeros(1, 1, 1), noise=torch.zeros(1, 1),
                                pipe=SimpleNamespace(embed=lambda prompts: torch.zeros(1, 1, 1)))  # fmt: skip
         (prompt,) = RandomNumbers(1)(case).prompts
         places |= {i for i, word in enumerate(prompt.split()) if word.isdigit()}
+        words = WordRepetition(1)(case).prompts[0].split()
+        repeated |= {word for word in words if words.count(word) == 2}
     assert {0, 6} < places  # before, behind, and between the six words
+    assert len(repeated) > 3  # any of them
 
 
 def test_rewrite_changes_the_most_significant_word_first(pipe):
@@ -307,6 +327,9 @@ def test_what_is_sampled_is_the_remedy(pipe):
     assert np.abs(other[::-1].astype(int) - plain).max() <= 1
     scaled = sample(case, Remedy.unchanged(case, guide=lambda rows: lambda i, p: p.uncond + 2 * p.guidance))
     assert np.array_equal(scaled, plain)
+    unguided = sample(case, Remedy.unchanged(case, guide=lambda rows: lambda i, p: p.uncond))
+    blank = case_of(pipe, ["", ""])
+    assert np.abs(unguided.astype(int) - sample(blank, Remedy.unchanged(blank))).max() <= 1
 
 
 def test_the_score_of_a_case_is_the_mean_over_its_noises(pipe):

@@ -3,13 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
+from PIL import Image
 
 from memorization.detectors.base import GenerationDetector, ImageDetector, PromptDetector
 from memorization.models.attention import AttentionRecorder, end_of_text
+from memorization.models.decoding import encode
 from memorization.models.generation import generate
+from memorization.runs.pictures import PictureScorer
 from memorization.runs.scorer import Scorer, as_rows
 
 PROMPTS = ["a red kite", "two boats on a hill", ""]
@@ -118,6 +122,21 @@ def test_a_generation_is_guided_by_the_scale_and_an_image_is_its_end(pipe):
     assert rows[1.0][0]["ending"] != pytest.approx(rows[3.0][0]["ending"], rel=1e-3)
 
 
+def test_a_picture_is_scored_under_its_own_prompt(pipe, tmp_path):
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    paths, prompts = [str(tmp_path / "a.png")] * 2, [PROMPTS[1], ""]
+    written, blank = PictureScorer(pipe, [Ending()], batch_size=4)(paths, prompts)
+    clean = encode(pipe, paths[:1])
+    with torch.no_grad():
+        eps = pipe.predict_noise(clean, 41, pipe.embed(prompts[:1]))[0, 0, 0, 0].item()
+    assert written["prompted"] == pytest.approx([eps], rel=1e-3, abs=1e-4)
+    assert written["ending"] == blank["ending"] == pytest.approx([clean[0, 0, 0, 0].item()], rel=1e-4)
+    assert blank["prompted"] == pytest.approx(blank["empty"]) and written["prompted"] != blank["prompted"]
+
+
 def test_a_step_holds_the_guess_that_its_guided_prediction_implies(pipe):
     for step in way_of(pipe, PROMPTS[1], 0):
         point = step.prediction
@@ -157,15 +176,18 @@ def test_later_noises_are_those_of_a_longer_draw(pipe):
 
 
 def test_attention_is_that_of_the_conditional_half_and_its_map_that_of_the_end_of_text():
-    """Two rows, one head, four pixels, three tokens: the unconditional half rests on token 0."""
-    uncond = torch.tensor([1.0, 0, 0]).expand(2, 1, 4, 3)
-    cond = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.7, 0.2]])[:, None, None].expand(2, 1, 4, 3).clone()
-    cond[0, 0, 3] = torch.tensor([0.0, 1.0, 0.0])  # the last pixel
+    """Two rows, two heads, four pixels, three tokens: the unconditional half rests on token 0. Two layers, the second
+    of one pixel."""
+    uncond = torch.tensor([1.0, 0, 0]).expand(2, 2, 4, 3)
+    cond = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.7, 0.2]])[:, None, None].expand(2, 2, 4, 3).clone()
+    cond[0, :, 3] = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the last pixel; the heads differ
     recorder = AttentionRecorder(torch.tensor([2, 1]), (2, 2))
     recorder.sink(torch.cat([uncond, cond]))
+    recorder.sink(torch.tensor([1.0, 0, 0]).expand(4, 2, 1, 3))
     tokens, end, _ = recorder.attention()
-    assert torch.allclose(tokens[0], torch.tensor([[0.15, 0.475, 0.375], [0.1, 0.7, 0.2]]))
-    assert torch.allclose(end, torch.tensor([[[0.5, 0.5], [0.5, 0.0]], [[0.7, 0.7], [0.7, 0.7]]]))
+    assert torch.allclose(tokens[0], torch.tensor([[0.15, 0.35, 0.5], [0.1, 0.7, 0.2]]))
+    assert torch.allclose(tokens[1], torch.tensor([1.0, 0, 0]).expand(2, 3))
+    assert torch.allclose(end, torch.tensor([[[0.5, 0.5], [0.5, 0.5]], [[0.7, 0.7], [0.7, 0.7]]]) / 2)
 
 
 def test_the_end_of_text_follows_the_last_token(pipe):

@@ -73,6 +73,7 @@ def test_guidance_that_pulls_to_the_guess_has_flux_one():
 
     point = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon")
     detector.reduce(Step(0, point, z, z, None), measured)
+    assert detector(torch.tensor([[1.0], [math.nan], [4.0]]))["guidance_flux"].item() == 2.5  # mean of what was read
     assert torch.allclose(detector(kept(1))["guidance_flux"], torch.ones(2), atol=1e-4)
     assert torch.allclose(detector(kept(-1))["guidance_flux"], -torch.ones(2), atol=1e-4)
 

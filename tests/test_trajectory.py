@@ -67,6 +67,15 @@ def test_first_step_is_the_one_step_detector(pipe):
     )
 
 
+def test_a_blank_prompt_has_no_guidance_though_its_rows_differ_in_the_last_bits(pipe, monkeypatch):
+    embeds, latents = rows_of(pipe)
+    predict = pipe.predict_noise
+    monkeypatch.setattr(pipe, "predict_noise", lambda x, t, e: predict(x, t, e) + 1e-4 * torch.rand(len(x), 1, 1, 1))
+    with torch.inference_mode():
+        point = next(generate(pipe, embeds, pipe.embed([""]), latents)).prediction
+    assert point.guidance[2].abs().max() == 0 and point.guidance[:2].abs().amax((1, 2, 3)).min() > 0
+
+
 def test_wen_averages_the_first_steps():
     values = TrajectoryNorm()(torch.arange(50.0)[:, None])
     assert {name: value.item() for name, value in values.items()} == {
