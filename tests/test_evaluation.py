@@ -48,6 +48,13 @@ def test_tpr_at_fpr_never_exceeds_the_target():
     assert ev.tpr_at_fpr(labels, scores, 0.02) == (1.0, pytest.approx(1 / 90))
 
 
+def test_the_realised_fpr_is_that_of_the_rows_themselves(data):
+    metrics = ev.measure(*data, ev.family_weights(np.arange(300), data[0], 100))
+    for key, target in (("tpr@1%", 0.01), ("tpr@3%", 0.03)):
+        assert (metrics.values[key][0], metrics.realised_fpr[key]) == pytest.approx(brute_tpr_at(*data, target))
+    assert 0 < metrics.realised_fpr["tpr@3%"] <= 0.03
+
+
 def test_constant_scores_tell_nothing():
     labels = np.array([0, 1] * 20)
     assert ev.tpr_at_fpr(labels, np.zeros(40), 0.01) == (0.0, 0.0)
@@ -189,17 +196,13 @@ def test_a_run_is_measured_on_its_other_half_by_the_first_noises_and_at_the_pric
             score = np.array(frame[name].tolist())[test][:, :n].mean(1)
             auc[name, n] = roc_auc_score(labels[test], score)
             assert line["auc"]["value"] == pytest.approx(auc[name, n])
-            assert (line["auc"]["low"], line["auc"]["high"]) == ev.measure(labels[test], score, weights).values["auc"][
-                1:
-            ]
-            realised = ev.tpr_at_fpr(labels[test], score, 0.03)[1]
-            assert line["realised_fpr"]["tpr@3%"] == realised
+            expected = ev.measure(labels[test], score, weights)
+            assert (line["auc"]["low"], line["auc"]["high"]) == expected.values["auc"][1:]
     assert len(auc) == 10
     (capitals,) = [line for line in metrics["detectors"] if line["detector"] == "text: capitals"]
     assert capitals["auc"]["value"] == 1  # on the scored half; on the other it is the wrong way round
-    (summed,) = [
-        line for line in metrics["detectors"] if line["detector"].startswith("norm x 2") and line["images"] == 2
-    ]
+    found = {(line["detector"], line["images"]): line for line in metrics["detectors"]}
+    summed = found["norm x 2 + cosine x -3", 2]
     norm, cosine = (np.array(frame[name].tolist())[test].mean(1) for name in ("norm", "cosine"))
     assert summed["auc"]["value"] == pytest.approx(roc_auc_score(labels[test], 2 * norm - 3 * cosine))
     for row in metrics["paired"]:

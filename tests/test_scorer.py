@@ -124,9 +124,8 @@ def test_a_generation_is_guided_by_the_scale_and_an_image_is_its_end(pipe):
 
 def test_a_picture_is_scored_under_its_own_prompt(pipe, tmp_path):
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)).save(
-        tmp_path / "a.png"
-    )
+    picture = np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
     paths, prompts = [str(tmp_path / "a.png")] * 2, [PROMPTS[1], ""]
     written, blank = PictureScorer(pipe, [Ending()], batch_size=4)(paths, prompts)
     clean = encode(pipe, paths[:1])
