@@ -70,9 +70,7 @@ class Scorer:
         if late := [detector for detector in detectors if getattr(detector, "timestep", 0) >= trained]:
             raise InputError(f"{late[0].name}: the checkpoint was trained on {trained} timesteps, counted from 0")
         self.timesteps = {place: grid[place] for detector in one_step for place in detector.steps}
-        read = [detector.reads(steps).get(name, steps) for detector in self.generation
-                for name in (*detector.terms, *detector.curves)]  # fmt: skip
-        self.generated = steps if self.image else max(read, default=0)
+        self.generated = steps if self.image else max((_steps_read(d, steps) for d in self.generation), default=0)
         self.latents = pipe.pure_noise(first_noise + noises, seed)[first_noise:]
         with torch.no_grad():  # not inference_mode: its tensors cannot take part in a Jacobian-vector product
             self.uncond = pipe.predict_uncond(self.latents, sorted(set(self.timesteps.values())), batch_size)
@@ -134,6 +132,12 @@ class Scorer:
             for detector in self.image:
                 _collect(parts, detector(step.after, predict))
         return {name: torch.cat(values).unflatten(0, (-1, noises)) for name, values in parts.items()}
+
+
+def _steps_read(detector: GenerationDetector, steps: int) -> int:
+    """How many of the first of ``steps`` steps its values need; all, where it names none."""
+    read = detector.reads(steps)
+    return max((read.get(name, steps) for name in (*detector.terms, *detector.curves)), default=steps)
 
 
 def check_precision(pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector]) -> None:
