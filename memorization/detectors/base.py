@@ -4,7 +4,7 @@ What a detector ``needs`` says what it is given:
 
 - ``prompt``: noise predictions at its ``steps`` of the DDIM grid, on pure noise. All of them share one trace, so
   running more of them costs no UNet call.
-- ``gradient``: the same, and the model, to ask it again near by.
+- ``gradient``: the same, and the model, to ask it again elsewhere.
 - ``generation``: every step of a guided generation, which all of them share. ``reduce`` keeps little of each step;
   called with what was kept, the detector gives its values.
 - ``image``: clean latents (the end of the shared generation, or a picture of the user's) and the model.
@@ -85,10 +85,15 @@ class PromptDetector(Detector):
 
 
 class GradientDetector(Detector):
-    """Needs ``gradient``: a function of the trace and of the model near by."""
+    """Needs ``gradient``: a function of the trace and of the model near by.
+
+    Attributes:
+        needs_float32: whether it takes small differences, which drown in half precision.
+    """
 
     needs = "gradient"
     steps: ClassVar[tuple[int, ...]]
+    needs_float32: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
@@ -127,7 +132,7 @@ DETECTORS: Registry[Detector] = Registry(
     "detector",
     "memorization.detectors",
     (
-        "anisotropy", "noise_norm", "one_step", "fused", "sharpness", "flipd", "trajectory_norm", "bright_ending",
+        "anisotropy", "noise_norm", "one_step", "fused", "second_look", "sharpness", "flipd", "trajectory_norm", "bright_ending",
         "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace",
     ),
     "memorization.detectors",

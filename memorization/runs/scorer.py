@@ -54,8 +54,9 @@ class Scorer:
         self.gradient = [detector for detector in detectors if isinstance(detector, GradientDetector)]
         self.generation = [detector for detector in detectors if isinstance(detector, GenerationDetector)]
         self.image = [detector for detector in detectors if isinstance(detector, ImageDetector)]
-        if self.gradient and pipe.unet.dtype != torch.float32:
-            names = ", ".join(detector.name for detector in self.gradient)
+        precise = [detector.name for detector in self.gradient if detector.needs_float32]
+        if precise and pipe.unet.dtype != torch.float32:
+            names = ", ".join(precise)
             raise InputError(f"{names}: small differences drown in half precision; give --dtype float32")
         if any(detector.forward_mode for detector in detectors):
             pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
