@@ -132,8 +132,8 @@ DETECTORS: Registry[Detector] = Registry(
     "detector",
     "memorization.detectors",
     (
-        "anisotropy", "noise_norm", "one_step", "fused", "second_look", "sharpness", "flipd", "trajectory_norm", "bright_ending",
-        "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace",
+        "anisotropy", "noise_norm", "one_step", "fused", "second_look", "sharpness", "flipd", "trajectory_norm",
+        "bright_ending", "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace",
     ),
     "memorization.detectors",
 )  # fmt: skip

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from memorization.io.files import replacing, writing
 
@@ -58,3 +59,21 @@ def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str 
     if title:
         figure.suptitle(title, fontsize=8)
     return save_figure(figure, path)
+
+
+def overlay(picture: np.ndarray, values: np.ndarray, share: float = 0.6) -> np.ndarray:
+    """A map ``(h, w)`` as a heat map over a picture, uint8 ``(H, W, 3)``: its lowest value dark, its highest bright.
+
+    Args:
+        share: of the heat map's colour in each pixel.
+    """
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low or 1.0)
+    heat = matplotlib.colormaps["inferno"](enlarged(scaled, (picture.shape[0], picture.shape[1])))[..., :3] * 255
+    return (share * heat + (1 - share) * picture).round().astype(np.uint8)
+
+
+def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map ``(h, w)`` at a picture's ``size`` (height, width), bilinear."""
+    image = Image.fromarray(values.astype(np.float32))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
