@@ -100,6 +100,9 @@ class GradientDetector(Detector):
         """Values ``(prompts, noises)``; rows of ``predict`` are prompts, its points are noises."""
 
 
+OneStepDetector = PromptDetector | GradientDetector  # what a trace suffices for, and a model to ask again
+
+
 class GenerationDetector(Detector):
     """Needs ``generation``."""
 

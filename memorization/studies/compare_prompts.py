@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import PromptDetector
+from memorization.detectors.base import OneStepDetector
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration, read_calibration
 from memorization.flags import ArgumentParser, add_flags, value
@@ -86,7 +86,7 @@ class Bench:
                              f"{NEIGHBOURS}, or by SSCD, which needs its weights")  # fmt: skip
         self.calibration = read_calibration(Path(self.spec.calibration)) if self.spec.calibration else Calibration()
         self.noises = args.noises or self.calibration.holds_for.get("num_images", NOISES)
-        self.detectors: dict[str, PromptDetector] = {}
+        self.detectors: dict[str, OneStepDetector] = {}
         self._case = cache(self._make_case)  # what it holds of the detectors serves every row
 
     @property

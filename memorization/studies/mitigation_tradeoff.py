@@ -7,8 +7,10 @@ Intervals resample families. A killed study goes on where it stopped, and other 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
+from memorization.evaluation.calibration import Calibration
 from memorization.flags import ArgumentParser, Arguments, names, run_script
 from memorization.mitigations.base import MITIGATIONS, make_mitigation
 from memorization.similarity.judge import Measure
@@ -19,6 +21,11 @@ from memorization.studies.compare_report import at_equal_alignment, draw_sheet, 
 def row_name(method: str, strength: float) -> str:
     """Of a method at a strength."""
     return f"{method} {strength:g}"
+
+
+def without_levels(calibration: Calibration) -> list[str]:
+    """Methods that lower a score to a level which the calibration lacks."""
+    return [name for name, cls in MITIGATIONS.items() if cls.lowers and cls.lowers not in calibration.levels]
 
 
 def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = None) -> None:
@@ -32,6 +39,10 @@ def main(arguments: Arguments = None, measures: Mapping[str, Measure] | None = N
     methods = list(MITIGATIONS) if args.methods == "all" else names(args.methods)
     strengths = {name: MITIGATIONS.find(name).strengths for name in methods}
     bench = Bench(args, "mitigation_tradeoff", measures)
+    if args.methods == "all":
+        for name in without_levels(bench.calibration):
+            print(f"left out: {name}, of whose score the calibration has no levels", file=sys.stderr)
+            del strengths[name]
     rows = [bench.row(name, {"strength": strength}, row_name(name, strength))
             for name, several in strengths.items() for strength in several]  # fmt: skip
     with bench.compared(rows) as comparison:
