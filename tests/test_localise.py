@@ -132,6 +132,9 @@ def test_distances_are_taken_inside_and_outside_the_mask(tmp_path):
     line = localise.line_of(Located(picture[None], values), mask, tmp_path / "training.png")
     assert line["inside"] == [0.4] and line["outside"] == [0.8] and line["area"] == 0.5
     assert line["curvature: auc"] == [1] and line["curvature: iou at its area"] == [1]
+    values["curvature"][0, 1, ::4] = 0  # single pixels that are off
+    rough, smooth = (localise.line_of(Located(picture[None], values), mask, None, blur) for blur in (0, 1))
+    assert smooth["curvature: auc"][0] > rough["curvature: auc"][0] and "inside" not in smooth
 
 
 def test_table_takes_copies_alone_where_asked():

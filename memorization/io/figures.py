@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -48,7 +48,7 @@ def _legend(axis: plt.Axes) -> list[plt.Text]:
     return legend.get_texts() if (legend := axis.get_legend()) else []
 
 
-def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:
+def draw_strips(strips: Mapping[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:
     """Named rows of pictures, uint8 ``(h, w, 3)`` of one size, as many in each: column i is one case."""
     columns = len(next(iter(strips.values())))
     figure, axes = plt.subplots(len(strips), 1, figsize=(0.8 * columns, 1.02 * len(strips)), squeeze=False)

@@ -7,12 +7,13 @@ blocks; its activation under a prompt is the mean of its absolute value over the
 1. Selection: all neurons whose activation lies more than theta standard deviations from its mean under ordinary
    prompts, and the k strongest of each layer. theta falls from 5 to 1 by .25 and k rises from 0 by 1 until the prompt
    counts as memorized no longer.
-2. Refinement: layer by layer from the last, then neuron by neuron, what can be switched on again without the prompt
-   counting as memorized is switched on.
+2. Refinement: layer by layer from the last, and in it down to single neurons, what can be switched on again without
+   the prompt counting as memorized is switched on.
 
 Deviations from the public code: a prompt counts as memorized while its ``noise_norm`` is above the level (there, while
 the first step's predictions with and without the neurons have an SSIM above .428), so that the strength means what it
-means for other methods; where nothing reaches the level, refinement keeps the norm that was reached. Ordinary prompts
+means for other methods; a layer that has to be off is halved again and again (there, every neuron of it is tried, which
+takes more evaluations); where nothing reaches the level, refinement keeps the norm that was reached. Ordinary prompts
 are those of ``reference``, else one to twelve random words (there, captions of LAION).
 """
 
@@ -20,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,16 +72,10 @@ class NeMo(Mitigation):
         ordinary = activations(layers, case.pipe.embed(self._ordinary(case)))
         mean, deviation = ordinary.mean(0), ordinary.std(0).clamp_min(1e-12)
         kept = torch.ones(len(case.prompts), len(mean), device=mean.device)
-        alone = {self.lowers: case.detectors[self.lowers]}
         for i, before in enumerate(case.score(self.lowers, case.embeds).tolist()):
             if before > bound:
-                embed = case.embeds[i : i + 1]
-
-                def score(off: Tensor, embed: Tensor = embed) -> float:
-                    with deactivated(layers, torch.ones_like(mean).index_fill(0, off, 0)[None]):
-                        return replace(case, detectors=alone).score(self.lowers, embed).item()  # eps_u anew, too
-
-                own = activations(layers, embed)[0]
+                own = activations(layers, case.embeds[i : i + 1])[0]
+                score = partial(norm_without, case, i, layers)
                 off, reached = select(score, own, ((own - mean) / deviation).abs(), widths, bound)
                 kept[i, refine(score, off, widths, max(bound, reached))] = 0
         rows_of = kept.repeat_interleave(len(case.noise), 0)
@@ -117,13 +113,25 @@ def select(score: Score, own: Tensor, excited: Tensor, widths: Sequence[int], bo
 
 def refine(score: Score, off: Tensor, widths: Sequence[int], bound: float) -> Tensor:
     """Those of the neurons ``off`` that have to be off for a score of at most ``bound``."""
-    ends = torch.tensor(widths, device=off.device).cumsum(0)
-    layer = torch.bucketize(off, ends, right=True)
-    for group in [*(off[layer == i] for i in reversed(range(len(widths)))), *off.flip(0).split(1)]:
+    layer = torch.bucketize(off, torch.tensor(widths, device=off.device).cumsum(0), right=True)
+    groups = [off[layer == i] for i in range(len(widths))]  # the last is tried first
+    while groups:
+        group = groups.pop()
         fewer = off[~torch.isin(off, group)]
-        if len(fewer) < len(off) and score(fewer) <= bound:
+        if len(group) and score(fewer) <= bound:
             off = fewer
+        elif len(group) > 1:
+            groups += group.chunk(2)
     return off
+
+
+def norm_without(case: Case, i: int, layers: list[torch.nn.Linear], off: Tensor) -> float:
+    """``noise_norm`` of prompt ``i`` with the neurons ``off``, in both halves: eps_u changes, too."""
+    kept = torch.ones(1, sum(layer.out_features for layer in layers), device=off.device).index_fill(1, off, 0)
+    halves = torch.stack([case.uncond.embedding[0].float(), case.embeds[i]]).repeat_interleave(len(case.noise), 0)
+    with deactivated(layers, kept):
+        uncond, cond = case.pipe.predict_noise(case.noise.repeat(2, 1, 1, 1), case.grid[0], halves).chunk(2)
+    return (cond - uncond).flatten(1).norm(dim=1).mean().item()
 
 
 def value_layers(unet) -> list[torch.nn.Linear]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from memorization.errors import InputError
@@ -34,7 +35,7 @@ from memorization.paths import ROOT, safe_name
 from memorization.runs.localise import Located, Locator, save_located
 from memorization.runs.memory import default_batch_size
 from memorization.runs.store import ResultStore
-from memorization.settings import Positive
+from memorization.settings import NotNegative, Positive
 from memorization.studies.compare_report import print_table, resampled_mean
 from memorization.studies.labelled import add_arguments
 
@@ -71,14 +72,16 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def line_of(located: Located, mask: np.ndarray, training: Path | None) -> dict:
+def line_of(located: Located, mask: np.ndarray, training: Path | None, blur: float = 0.0) -> dict:
     """What is known of a prompt: of each map a value a picture, and how far the picture is from the training picture.
 
-    ``inside`` and ``outside`` the mask: root mean square differences of pixels, of a range of [0, 2].
+    Maps are smoothed by a Gaussian of ``blur`` latent pixels first. ``inside`` and ``outside`` the mask: root mean square
+    differences of pixels, of a range of [0, 2].
     """
     line: dict = {"area": round(float(mask.mean()), 4)}
     for name, values in located.maps.items():
-        found = [agreement(enlarged(one, (mask.shape[0], mask.shape[1])), mask) for one in values]
+        smooth = [gaussian_filter(one, blur) for one in values]
+        found = [agreement(enlarged(one, (mask.shape[0], mask.shape[1])), mask) for one in smooth]
         line |= {f"{name}: {key}": [round(one[key], 4) for one in found] for key in found[0]}
     if training is not None:
         gap = located.pictures.astype(float) - read_picture(training, (mask.shape[0], mask.shape[1]))
@@ -139,6 +142,13 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--maps", type=names, default=["all"], metavar="A,B|all", help=f"of {', '.join(MAPS)} (default: all)")
     add_settings(parser, "a map's setting, as in curvature.probes=4")
+    add(
+        "--blur",
+        type=value(NotNegative),
+        default=0.0,
+        metavar="S",
+        help="smooth the maps by a Gaussian of S latent pixels before they are compared (default: %(default)s)",
+    )
     add("--copied", type=value(Positive), default=0.3, metavar="X",
         help="root mean square difference to the training picture inside the mask, of a range of 2, below which a "
              "picture is a copy there (default: %(default)s)")  # fmt: skip
@@ -170,7 +180,7 @@ def main(arguments: Arguments = None) -> None:
     settings = {
         "model": args.model, "revision": revision_of(model.pipe, pictures=True), "dtype": model.dtype, **common,
         "prompts": hashlib.sha256(path.read_bytes()).hexdigest(), "split": args.split,
-        "maps": {one.name: one.record() for one in maps},
+        "maps": {one.name: one.record() for one in maps}, "blur": args.blur,
     }  # fmt: skip
     out = args.out or ROOT / "results" / "studies" / "localise" / safe_name(f"{spec.name}-{args.split}")
     with ResultStore(out, settings, {}) as store:
@@ -180,7 +190,7 @@ def main(arguments: Arguments = None) -> None:
             for number in tqdm(range(store.done, len(frame)), "localise", initial=store.done, total=len(frame)):
                 row = frame.loc[number]
                 located = locate(row["prompt"])
-                line = line_of(located, read_mask(row["mask"], located.pictures.shape[1:3]), row["picture"])
+                line = line_of(located, read_mask(row["mask"], located.pictures.shape[1:3]), row["picture"], args.blur)
                 save_located(located, number, out / "maps")
                 about = {key: row[key] for key in ("prompt", "family") if key in row}
                 store.append([{"id": number, **about, **line}])
