@@ -75,8 +75,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
 def line_of(located: Located, mask: np.ndarray, training: Path | None, blur: float = 0.0) -> dict:
     """What is known of a prompt: of each map a value a picture, and how far the picture is from the training picture.
 
-    Maps are smoothed by a Gaussian of ``blur`` latent pixels first. ``inside`` and ``outside`` the mask: root mean square
-    differences of pixels, of a range of [0, 2].
+    Maps are smoothed by a Gaussian of ``blur`` latent pixels first. ``inside`` and ``outside`` the mask: root mean
+    square differences of pixels, of a range of [0, 2].
     """
     line: dict = {"area": round(float(mask.mean()), 4)}
     for name, values in located.maps.items():
