@@ -35,6 +35,7 @@ def descend(
     iterations: int = 10,
     target: float | None = None,
     free: Tensor | None = None,
+    penalty: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Descent:
     """Adam on every row of ``start`` at once; rows do not see one another.
 
@@ -45,6 +46,8 @@ def descend(
         start: ``(rows, ...)``.
         target: a row stops once its loss is at or below it.
         free: what may move, broadcast over ``start``; ones and zeros.
+        penalty: as ``loss_of``; added to the loss where a step is chosen, but not where it is compared with the target
+            or with other iterates.
 
     Raises:
         FloatingPointError: a loss is not finite; names the row.
@@ -66,7 +69,8 @@ def descend(
         going = torch.ones_like(rows, dtype=torch.bool) if target is None else loss.detach() > target
         if step == iterations or not going.any():
             break
-        (gradient,) = torch.autograd.grad(loss[going].sum(), moving)
+        downhill = loss if penalty is None else loss + penalty(moving[rows], rows)
+        (gradient,) = torch.autograd.grad(downhill[going].sum(), moving)
         # Rows that have stopped are moved on by Adam's memory; nobody looks at them any more.
         moving.grad = gradient if free is None else gradient * free
         optimizer.step()

@@ -8,6 +8,7 @@ import pytest
 from conftest import GOLDEN
 
 from memorization.errors import InputError
+from memorization.evaluation.calibration import CalibratedDetector, Calibration
 from memorization.io.files import read_json
 from memorization.io.pictures import read_picture
 from memorization.io.prompts import read_prompts
@@ -196,6 +197,12 @@ def test_copies_need_a_measure(run_script, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"names \d+ training pictures; copies are counted by nL2, which needs 50"):
         run_script(mitigation_tradeoff, "--model", GOLDEN / "tiny-eps", "--prompts", tmp_path / "few.csv", "--split",
                    "all", "--dtype", "float32", "--out", tmp_path / "out")  # fmt: skip
+
+
+def test_methods_whose_level_is_not_known_are_left_out_of_all():
+    known = Calibration(detectors={"noise_norm": CalibratedDetector(1.0, levels={0.5: 1.0}),
+                                   "second_look": CalibratedDetector(1.0)})  # fmt: skip
+    assert mitigation_tradeoff.without_levels(known) == ["anisotropy", "second_look", "rewrite"]
 
 
 def test_levels_hold_for_the_calibrations_noises(run_script, tmp_path):

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES
+from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES, DETECTORS
 from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names
+from memorization.localisation.base import MAPS, make_maps
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -46,6 +48,9 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         help="1, 2, 4, 8 noises, more for undecided prompts alone; needs a --calibration made with --noises 8")
     add("--explain", action="store_true",
         help="print, and draw to tokens.png, which tokens trigger the flagged prompts (else the ten highest)")
+    add("--localise", type=names, nargs="?", const=["all"], metavar="A,B|all",
+        help="generate the flagged prompts (else the ten highest) and draw, into maps/, where their pictures are "
+             f"copied (maps: {', '.join(MAPS)})")
     add("--measure-costs", action="store_true", help="write each detector's cost alone, by four prompts, to costs.json")
     add_flags(parser, "--calibration", "--dtype", "--device", "--batch-size", "--out", "--overwrite")
     # fmt: on
@@ -55,23 +60,27 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         args.calibration = None
     if args.sequential and not args.calibration:
         parser.error("--sequential needs --calibration FILE, made with --noises 8")
-    if args.pictures and (args.prompts or args.memorized or args.explain or args.sequential or args.measure_costs):
-        parser.error("--images goes without prompt lists, --explain, --sequential and --measure-costs")
+    of_prompts = (args.prompts, args.memorized, args.explain, args.localise, args.sequential, args.measure_costs)
+    if args.pictures and any(of_prompts):
+        parser.error("--images goes without prompt lists, --explain, --localise, --sequential and --measure-costs")
     if args.pictures and (args.noises != 1 or args.guidance_scale is not None):
         parser.error("--images goes without --noises and --guidance-scale: pictures are scored as they are")
     if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
         parser.error("give either --prompts, or --memorized and --non-memorized")
-    args.settings = settings_by_detector(args)
+    maps = list(MAPS) if args.localise == ["all"] else args.localise or []
+    args.settings = settings_by_method(args, maps)
+    of_maps = {name: args.settings.pop(name) for name in maps if name in args.settings and name not in DETECTORS}
+    args.maps = make_maps(maps, of_maps)
     return args
 
 
-def settings_by_detector(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """What ``--set`` and its shortcuts say."""
+def settings_by_method(args: argparse.Namespace, maps: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What ``--set`` and its shortcuts say of detectors and ``maps``."""
     found: dict[str, dict[str, str]] = {}
     for text in args.assignments:
         name, value = assigned(text)
         detector, _, setting = name.partition(".")
-        if not setting or not {detector, "all"} & set(args.detectors):
+        if not setting or not {detector, "all"} & {*args.detectors, *maps}:
             raise InputError(f"--set {text}: write DETECTOR.SETTING=VALUE, of a detector that --detectors names")
         found.setdefault(detector, {})[setting] = value
     return found
@@ -97,14 +106,14 @@ def main(arguments: Arguments = None) -> None:
     holds_for = {"model": args.model, "num_images": scoring.noises, "steps": scoring.steps}
     detectors = configured_detectors(args.detectors, args.settings, spec, calibration, holds_for)
     first = deciding(detectors)
-    if first is None and (args.explain or args.sequential):
+    if first is None and (args.explain or args.localise or args.sequential):
         raise InputError(f"{', '.join(args.detectors)}: has no score of its own, so nothing can be flagged by it")
     if args.pictures:
         check_needs(detectors)
         listed = read_pictures(args.pictures)
     else:
         listed = read_lists(chosen_lists(args) or spec.lists())
-    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures))
+    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps))
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
     out = args.out or default_out("detection", spec.name, "main")
@@ -113,6 +122,11 @@ def main(arguments: Arguments = None) -> None:
     print_summary(store.rows, first, threshold, out / "scores.jsonl")
     if args.explain and first:
         print_tokens(model, store, first, scoring, threshold, out / "tokens.png")
+    if args.maps and first:
+        from memorization.runs.localise import localise
+
+        count = localise(model, store.rows, first, args.maps, scoring, threshold, out / "maps")
+        print(f"maps:   {count} prompts in {printable(os.path.relpath(out / 'maps'))}")
     if args.measure_costs:
         write_costs(model, detectors, listed, scoring, store, out / "costs.json")
 

@@ -4,7 +4,7 @@ What a detector ``needs`` says what it is given:
 
 - ``prompt``: noise predictions at its ``steps`` of the DDIM grid, on pure noise. All of them share one trace, so
   running more of them costs no UNet call.
-- ``gradient``: the same, and the model, to ask it again near by.
+- ``gradient``: the same, and the model, to ask it again elsewhere.
 - ``generation``: every step of a guided generation, which all of them share. ``reduce`` keeps little of each step;
   called with what was kept, the detector gives its values.
 - ``image``: clean latents (the end of the shared generation, or a picture of the user's) and the model.
@@ -90,12 +90,15 @@ class GradientDetector(Detector):
     """Needs ``gradient``: a function of the trace and of the model near by."""
 
     needs = "gradient"
-    takes_differences = True
+    takes_differences: ClassVar[bool] = True
     steps: ClassVar[tuple[int, ...]]
 
     @abstractmethod
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         """Values ``(prompts, noises)``; rows of ``predict`` are prompts, its points are noises."""
+
+
+OneStepDetector = PromptDetector | GradientDetector  # what a trace suffices for, and a model to ask again
 
 
 class GenerationDetector(Detector):
@@ -134,8 +137,8 @@ DETECTORS: Registry[Detector] = Registry(
     "detector",
     "memorization.detectors",
     (
-        "anisotropy", "noise_norm", "one_step", "fused", "sharpness", "trajectory_norm", "bright_ending",
-        "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace", "flipd",
+        "anisotropy", "noise_norm", "one_step", "fused", "second_look", "sharpness", "trajectory_norm",
+        "bright_ending", "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace", "flipd",
     ),
     "memorization.detectors",
 )  # fmt: skip

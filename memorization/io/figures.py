@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from memorization.io.files import replacing, writing
 
@@ -47,7 +48,7 @@ def _legend(axis: plt.Axes) -> list[plt.Text]:
     return legend.get_texts() if (legend := axis.get_legend()) else []
 
 
-def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:
+def draw_strips(strips: Mapping[str, Sequence[np.ndarray]], path: Path, title: str = "") -> Path:
     """Named rows of pictures, uint8 ``(h, w, 3)`` of one size, as many in each: column i is one case."""
     columns = len(next(iter(strips.values())))
     figure, axes = plt.subplots(len(strips), 1, figsize=(0.8 * columns, 1.02 * len(strips)), squeeze=False)
@@ -58,3 +59,21 @@ def draw_strips(strips: dict[str, Sequence[np.ndarray]], path: Path, title: str 
     if title:
         figure.suptitle(title, fontsize=8)
     return save_figure(figure, path)
+
+
+def overlay(picture: np.ndarray, values: np.ndarray, share: float = 0.6) -> np.ndarray:
+    """A map ``(h, w)`` as a heat map over a picture, uint8 ``(H, W, 3)``: its lowest value dark, its highest bright.
+
+    Args:
+        share: of the heat map's colour in each pixel.
+    """
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low or 1.0)
+    heat = matplotlib.colormaps["inferno"](enlarged(scaled, (picture.shape[0], picture.shape[1])))[..., :3] * 255
+    return (share * heat + (1 - share) * picture).round().astype(np.uint8)
+
+
+def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map ``(h, w)`` at a picture's ``size`` (height, width), bilinear."""
+    image = Image.fromarray(values.astype(np.float32))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))

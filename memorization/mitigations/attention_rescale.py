@@ -28,7 +28,7 @@ class RescalingAttnProcessor(AttnProcessor):
     """diffusers' plain attention with other logits in the second half of the rows.
 
     Args:
-        ends: place of the end-of-text token of every row of that half, ``(rows,)``; padding follows it.
+        ends: place of the end-of-text token of every row of that half, ``(rows,)``; what follows it is masked.
         factor: C.
     """
 
@@ -55,6 +55,18 @@ class RescalingAttnProcessor(AttnProcessor):
             del attn.get_attention_scores
 
 
+@contextmanager
+def rescaled(unet, ends: Tensor, factor: float) -> Iterator[None]:
+    """While it lasts, every cross-attention layer of ``unet`` is a :class:`RescalingAttnProcessor`."""
+    before = unet.attn_processors
+    chosen = RescalingAttnProcessor(ends, factor)
+    unet.set_attn_processor({name: chosen if ".attn2." in name else old for name, old in before.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
 @MITIGATIONS.register
 @dataclass(frozen=True)
 class AttentionRescale(Mitigation):
@@ -67,16 +79,4 @@ class AttentionRescale(Mitigation):
 
     def __call__(self, case: Case) -> Remedy:
         ends = end_of_text(case.pipe, case.prompts).repeat_interleave(len(case.noise))
-
-        @contextmanager
-        def around(rows: Tensor) -> Iterator[None]:
-            unet = case.pipe.unet
-            before = unet.attn_processors
-            chosen = RescalingAttnProcessor(ends[rows], self.strength)
-            unet.set_attn_processor({name: chosen if ".attn2." in name else old for name, old in before.items()})
-            try:
-                yield
-            finally:
-                unet.set_attn_processor(before)
-
-        return Remedy.unchanged(case, around=around)
+        return Remedy.unchanged(case, around=lambda rows: rescaled(case.pipe.unet, ends[rows], self.strength))

@@ -83,8 +83,8 @@ MITIGATIONS: Registry[Mitigation] = Registry(
     "method",
     "memorization.mitigations",
     (
-        "anisotropy", "noise_norm", "rewrite", "sail", "static_transition", "dynamic_transition", "attention_rescale",
-        "rna", "rt", "cwr", "gni", "amg",
+        "anisotropy", "noise_norm", "second_look", "rewrite", "reanchor", "sail", "static_transition",
+        "dynamic_transition", "attention_rescale", "padding_mask", "nemo", "rna", "rt", "cwr", "gni", "amg",
     ),
     "memorization.mitigations",
 )  # fmt: skip

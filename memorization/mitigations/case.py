@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline, UnconditionalPrediction
-from memorization.detectors.base import PromptDetector
+from memorization.detectors.base import OneStepDetector, PromptDetector
 from memorization.models.generation import Guide, detection_grid
+from memorization.models.predictor import Predictor
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Case:
         prompts: their number is k.
         embeds: ``(k, tokens, width)``, float32.
         noise: x_T, ``(noises, c, h, w)``, the same for every prompt.
-        detectors: by name; those that need a prompt alone.
+        detectors: by name; those that need no generation.
         levels: detector -> share of prompts that are not memorized -> the score below which that share lies.
         steps: of a generation.
         grid_steps: of the DDIM grid that places the detectors' timesteps.
@@ -39,7 +40,7 @@ class Case:
     prompts: list[str]
     embeds: Tensor
     noise: Tensor
-    detectors: dict[str, PromptDetector]
+    detectors: dict[str, OneStepDetector]
     levels: Mapping[str, Mapping[float, float]]
     steps: int = 50
     grid_steps: int = 50
@@ -60,7 +61,10 @@ class Case:
         detector = self.detectors[name]
         timesteps = [self.grid[place] for place in detector.steps]
         trace = self.pipe.trace(embeds, self.noise, timesteps, self.uncond, self.batch_size)
-        return detector([trace[t] for t in timesteps])[name].mean(1)
+        points = [trace[t] for t in timesteps]
+        if isinstance(detector, PromptDetector):
+            return detector(points)[name].mean(1)
+        return detector(points, Predictor(self.pipe, embeds, self.uncond.embedding, self.batch_size))[name].mean(1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import DETECTORS, SCORED_BY, PromptDetector, make_detectors
+from memorization.detectors.base import (
+    DETECTORS,
+    SCORED_BY,
+    GradientDetector,
+    OneStepDetector,
+    PromptDetector,
+    make_detectors,
+)
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration
 from memorization.mitigations.base import Levels, Mitigation
@@ -32,7 +39,7 @@ class Cases:
     guidance_scale: float
     seed: int
     batch_size: int
-    detectors: dict[str, PromptDetector] = field(default_factory=dict)
+    detectors: dict[str, OneStepDetector] = field(default_factory=dict)
     levels: Levels = field(default_factory=dict)
     grid_steps: int = 50
 
@@ -70,19 +77,18 @@ def calibrated_settings(calibration: Calibration) -> dict[str, dict]:
 
 def scoring_detectors(
     mitigations: Iterable[Mitigation], spec: ModelSpec, calibration: Calibration
-) -> dict[str, PromptDetector]:
+) -> dict[str, OneStepDetector]:
     """The detector that says which prompts are memorized, and those whose scores the mitigations lower.
 
     Raises:
-        InputError: a mitigation lowers what no single trace gives.
+        InputError: a mitigation lowers what needs a generation.
     """
     names = dict.fromkeys([SCORED_BY, *(mitigation.lowers for mitigation in mitigations if mitigation.lowers)])
     settings = spec.settings_of("detectors", DETECTORS)
     for name, own in calibrated_settings(calibration).items():
         settings[name] = {**settings.get(name, {}), **own}
     made = make_detectors(list(names), settings)
-    if unfit := [detector.name for detector in made if not isinstance(detector, PromptDetector)]:
-        raise InputError(
-            f"{unfit[0]}: cannot be lowered; a mitigation lowers the score of a detector that needs a prompt"
-        )
-    return {detector.name: detector for detector in made if isinstance(detector, PromptDetector)}
+    fit = {detector.name: detector for detector in made if isinstance(detector, (PromptDetector, GradientDetector))}
+    if unfit := [name for name in names if name not in fit]:
+        raise InputError(f"{unfit[0]}: cannot be lowered; a mitigation lowers a score that needs no generation")
+    return fit

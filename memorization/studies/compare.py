@@ -21,6 +21,7 @@ from memorization.io.files import writing
 from memorization.io.pictures import read_picture, save_picture, to_tensor
 from memorization.mitigations.base import Mitigation
 from memorization.paths import safe_name
+from memorization.runs.attack import Attack
 from memorization.runs.store import ResultStore
 from memorization.similarity.frechet import Reference
 
@@ -35,12 +36,16 @@ class Row(NamedTuple):
         method: rows of one method, from mild to strong, are a line of the trade-off curve.
         mitigation: None for plain sampling.
         revision: of the checkpoint, where it is not the comparison's.
+        attack: on its embeddings; such a row is a column of the row ``base`` in the table, and on no curve.
+        base: the name of the row that is attacked.
     """
 
     name: str
     method: str
     mitigation: Mitigation | None = None
     revision: Mapping[str, str] | None = None
+    attack: Attack | None = None
+    base: str | None = None
 
     @property
     def strength(self) -> float | None:
@@ -50,7 +55,17 @@ class Row(NamedTuple):
     def record(self) -> dict:
         """Everything that sets its pictures apart from other rows'."""
         settings = self.mitigation and self.mitigation.record()
-        return {"method": self.method, "settings": settings} | ({"revision": self.revision} if self.revision else {})
+        further = {"revision": self.revision, "attack": self.attack and vars(self.attack), "base": self.base}
+        return {"method": self.method, "settings": settings} | {key: value for key, value in further.items() if value}
+
+    def attacked(self, attack: Attack) -> Row:
+        """The same, attacked."""
+        return self._replace(name=attacked_name(self.name), attack=attack, base=self.name)
+
+
+def attacked_name(row: str) -> str:
+    """The name of a row's attacked one."""
+    return f"{row}, attacked"
 
 
 class Item(NamedTuple):
@@ -152,7 +167,7 @@ class Comparison:
             self._save(row.name, number, one.pictures)
             lines.append({
                 "row": row.name, "method": row.method, "strength": row.strength, "item": number, "label": item.label,
-                "family": item.family, "prompt": item.prompt, **one.line,
+                "family": item.family, "prompt": item.prompt, **({"base": row.base} if row.base else {}), **one.line,
                 "moved": root_mean_square(one.pictures, self.pictures(PLAIN, number)),
             })  # fmt: skip
         missing = [line for line in lines if line["item"] not in have]

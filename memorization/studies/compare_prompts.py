@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.detectors.base import PromptDetector
+from memorization.detectors.base import OneStepDetector
 from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration, read_calibration
 from memorization.flags import ArgumentParser, add_flags, value
@@ -20,6 +20,7 @@ from memorization.index.store import Index
 from memorization.io.prompts import picture_files
 from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.runs.attack import Attack
 from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.memory import default_batch_size
 from memorization.runs.mitigate import NOISES, configured_mitigation, prompts_of
@@ -86,7 +87,7 @@ class Bench:
                              f"{NEIGHBOURS}, or by SSCD, which needs its weights")  # fmt: skip
         self.calibration = read_calibration(Path(self.spec.calibration)) if self.spec.calibration else Calibration()
         self.noises = args.noises or self.calibration.holds_for.get("num_images", NOISES)
-        self.detectors: dict[str, PromptDetector] = {}
+        self.detectors: dict[str, OneStepDetector] = {}
         self._case = cache(self._make_case)  # what it holds of the detectors serves every row
 
     @property
@@ -130,7 +131,7 @@ class Bench:
         with ResultStore(self.out, self.settings, {}) as store:
             comparison = Comparison(store, self.limits, self._frechet())
             for row in (Row(PLAIN, PLAIN), *rows):
-                comparison.fill(row, self.batches(row.mitigation))
+                comparison.fill(row, self.batches(row.mitigation, attack=row.attack))
             yield comparison
 
     @cached_property
@@ -144,18 +145,22 @@ class Bench:
         return Reference(index.pictures(index.size or (224, 224)), clip) if index and clip else None
 
     def batches(
-        self, mitigation: Mitigation | None, pipe: LocalStableDiffusionPipeline | None = None
+        self,
+        mitigation: Mitigation | None,
+        pipe: LocalStableDiffusionPipeline | None = None,
+        attack: Attack | None = None,
     ) -> Sequence[Batch]:
         """What makes the pictures of a row.
 
         Args:
             mitigation: None for plain sampling.
             pipe: another model's, instead of the comparison's.
+            attack: on the embeddings that the mitigation gives.
         """
         pipe = pipe or self.subject.pipe
         at_once = max(1, default_batch_size(pipe) // self.noises)
         parts = [tuple(self.items[start : start + at_once]) for start in range(0, len(self.items), at_once)]
-        return [Batch(part, partial(self._make, part, mitigation, pipe)) for part in parts]
+        return [Batch(part, partial(self._make, part, mitigation, pipe, attack)) for part in parts]
 
     def first_case(self) -> Case:
         """Of the first memorized prompt alone."""
@@ -170,12 +175,18 @@ class Bench:
         return cases([item.prompt or "" for item in items])
 
     def _make(
-        self, items: tuple[Item, ...], mitigation: Mitigation | None, pipe: LocalStableDiffusionPipeline
+        self,
+        items: tuple[Item, ...],
+        mitigation: Mitigation | None,
+        pipe: LocalStableDiffusionPipeline,
+        attack: Attack | None,
     ) -> list[Made]:
         case, started = self._case(items, pipe), time.perf_counter()
-        remedy = mitigation(case) if mitigation else Remedy.unchanged(case)
+        remedy, training = mitigation(case) if mitigation else Remedy.unchanged(case), [item.image for item in items]
         seconds = round((time.perf_counter() - started) / len(items), 3)
-        after = side(case, remedy, self.judge, [item.image for item in items])
+        if attack:
+            remedy = attack(case, remedy, training)
+        after = side(case, remedy, self.judge, training)
         return [
             Made(pictures, {"new_prompt": prompt, **measured, "iterations": iterations, "seconds": seconds,
                             "seconds_generation": after.seconds})

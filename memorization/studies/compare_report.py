@@ -53,10 +53,12 @@ def table_of(
 
     Returns:
         ``copies`` by the first of the limits that was measured, and all else of items with label 1, but for the columns
-        that begin with ``ordinary``, of the others; ``seconds`` for the remedy, an item.
+        that begin with ``ordinary``, of the others; ``seconds`` for the remedy, an item; ``copies attacked`` where the
+        row was attacked, too.
     """
     plain, found = lines[lines["row"] == PLAIN], []
-    for name in lines["row"].unique():
+    attacked = lines[lines["base"].notna()] if "base" in lines else lines[:0]
+    for name in lines["row"][~lines["row"].isin(attacked["row"])].unique():
         own = lines[lines["row"] == name]
         memorized, ordinary = (own[own["label"] == label] for label in (1, 0))
         measured = measures_of(memorized)
@@ -66,7 +68,9 @@ def table_of(
         if frechet and name in frechet:
             row["Frechet"] = frechet[name]
         row |= {name: measured[name].mean() for name in measured if name not in (*NEARNESS, "clip")}
-        found.append(row | _ordinary(ordinary, plain[plain["label"] == 0]) | _effort(memorized))
+        after = attacked[attacked["base"] == name] if len(attacked) else attacked
+        found.append(row | _attacked(after, limits, resamples) | _ordinary(ordinary, plain[plain["label"] == 0])
+                     | _effort(memorized))  # fmt: skip
     return pd.DataFrame(found).dropna(axis=1, how="all")
 
 
@@ -89,6 +93,20 @@ def _with_intervals(
     row = {}
     for name, values in columns.items():
         row[name], row[f"{name} low"], row[f"{name} high"] = resampled_mean(values.mean(1), weights)
+    return row
+
+
+def _attacked(lines: pd.DataFrame, limits: Mapping[str, float], resamples: int) -> dict[str, float]:
+    """Copies after an attack on the embeddings, as ``copies``; of memorized items, and of the others as a control."""
+    if lines.empty:
+        return {}
+    memorized, ordinary = (lines[lines["label"] == label] for label in (1, 0))
+    weights = family_weights(memorized["family"].to_numpy(), None, resamples)
+    found = _with_intervals(measures_of(memorized), limits, weights)
+    row = {key.replace("copies", "copies attacked"): value for key, value in found.items() if key.startswith("copies")}
+    measured = measures_of(ordinary)
+    for name in [name for name in limits if name in measured][:1]:
+        row["ordinary: copies attacked"] = is_copy(name, measured[name], limits[name]).mean()
     return row
 
 
