@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from memorization.errors import InputError
 from memorization.evaluation import metrics as ev
-from memorization.evaluation.report import evaluate, table
+from memorization.evaluation.report import by_table, evaluate, table
 from memorization.evaluation.runs import Run
 from memorization.runs.calibrate import calibrate
 
@@ -237,3 +238,21 @@ def test_fitted_weights_recover_the_optimal_direction():
     terms = rng.normal(size=(4000, 2)) * [1.0, 0.1] + labels[:, None] * [1.0, 0.05]
     weights = ev.fit_weights(labels, terms)  # Gaussian classes: weights ~ mean / variance = (1, 5)
     assert weights[0] == 1.0 and weights[1] == pytest.approx(5.0, rel=0.2)
+
+
+def kinds_run():
+    """Positives of kind ``a`` score above every negative, those of ``b`` below; negatives have kinds of their own."""
+    rows = [("a", 1, 5.0), ("a", 1, 6.0), ("b", 1, -1.0), ("b", 1, -2.0), ("c", 0, 0.0), ("a", 0, 1.0), ("b", 0, 2.0)]
+    frame = pd.DataFrame(rows, columns=["kind", "label", "norm"])
+    frame["norm"] = [[value] for value in frame["norm"]]
+    return Run(frame.assign(prompt="x", family=range(len(rows))))
+
+
+def test_by_a_column_measures_its_positives_against_all_negatives():
+    metrics = evaluate(kinds_run(), resamples=20, by="kind")
+    found = {part["value"]: (part["memorized"], part["detectors"][0]["auc"]["value"])
+             for part in metrics["by"]["parts"]}  # fmt: skip
+    assert found == {"a": (2, 1.0), "b": (2, 0.0)}
+    assert by_table(metrics)[["kind", "memorized"]].drop_duplicates().values.tolist() == [["a", 2], ["b", 2]]
+    with pytest.raises(InputError, match="no column 'sort'; they have: kind, label"):
+        evaluate(kinds_run(), resamples=20, by="sort")

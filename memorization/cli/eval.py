@@ -2,6 +2,7 @@
 
   python detect_eval.py                                 every run under results/
   python detect_eval.py results/detection/testbed-eps/main --format csv
+  python detect_eval.py results/detection/testbed-eps/main --by kind
   python detect_eval.py results/detection/testbed-eps/main --calibrate mine.yaml --fpr 0.01
 
 Where a list has a column "split", its rows "validation" are for --calibrate alone; the table is of the others.
@@ -31,6 +32,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add_flags(parser, "--resamples", default=2000)
     add("--weights", nargs=2, type=value(float), metavar=("NORM", "COSINE"),
         help="one more row: the sum of the two terms with these weights, as in --weights 1 2")
+    add("--by", metavar="COLUMN", help="one more table: the memorized prompts of each value of this column of the list "
+        "(kind, duplicates, ...), against all that are not memorized")
     add("--no-plots", action="store_true", help="draw no pictures")
     add("--calibrate", type=Path, metavar="FILE", help="write weights and thresholds of the one run given to FILE")
     add_flags(parser, "--fpr")
@@ -77,7 +80,7 @@ def main(arguments: Arguments = None) -> None:
                 raise
             print(f"left out: {error}", file=sys.stderr)
             continue
-        metrics = evaluate(run, args.resamples, args.weights)
+        metrics = evaluate(run, args.resamples, args.weights, args.by)
         write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         if not args.no_plots:
             draw(run, folder)
@@ -104,7 +107,7 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
     """Every run's table on standard output, as md, csv or json."""
     import pandas as pd
 
-    from memorization.evaluation.report import REFERENCE, paired_table, table
+    from memorization.evaluation.report import REFERENCE, by_table, paired_table, table
     from memorization.io.tables import markdown
 
     if style == "json":
@@ -123,3 +126,6 @@ def print_tables(all_metrics: list[dict], style: str) -> None:
             if metrics["paired"]:
                 print(f"\nAgainst {REFERENCE}, on the same resamples:\n")
                 print(markdown(paired_table(metrics)))
+            if "by" in metrics:
+                print(f"\nBy {metrics['by']['column']}:\n")
+                print(markdown(by_table(metrics)))

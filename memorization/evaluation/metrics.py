@@ -6,7 +6,7 @@ resamples are one matrix product away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +127,13 @@ def fit_weights(labels: np.ndarray, terms: np.ndarray) -> np.ndarray:
     model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(standardised, labels)
     weights = model.coef_[0] / spread
     return weights / abs(weights[0])
+
+
+def parts_by(values: Sequence, labels: np.ndarray) -> Iterator[tuple[object, np.ndarray]]:
+    """Each of ``values (rows,)`` that a memorized row has, with the rows compared for it: its own, and all label 0."""
+    column = np.array(values, dtype=object)
+    for value in sorted(set(column[labels == 1]), key=lambda value: (isinstance(value, str), value)):
+        yield value, (labels == 0) | (column == value)
 
 
 def threshold_at(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple[float, float]:

@@ -60,18 +60,16 @@ def draw_terms(labels: np.ndarray, norm: np.ndarray, cosine: np.ndarray, path: P
 
 
 def draw_duplicates(rows: pd.DataFrame, score: np.ndarray, name: str, path: Path, title: str) -> Path:
-    """Score against duplication count, a dot a prompt, coloured by the measured replication rate."""
-    kinds = rows["kind"].to_numpy()
-    fixed = kinds == "duplicated"
-    levels = sorted({int(count) for count in rows["duplicates"][fixed]})
-    others = [kind for kind in dict.fromkeys(kinds) if kind != "duplicated"]
-    places = {**{kind: i for i, kind in enumerate(others)}, **{n: len(others) + i for i, n in enumerate(levels)}}
-    x = np.array([places[int(n) if is_fixed else kind] for kind, n, is_fixed in
-                  zip(kinds, rows["duplicates"], fixed, strict=True)], dtype=float)  # fmt: skip
+    """Score against kind and duplication count, a dot a prompt, coloured by the measured replication rate."""
+    groups = list(zip(rows["kind"], rows["duplicates"].astype(int), strict=True))
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(rows["kind"]))}
+    places = {group: i for i, group in enumerate(sorted(set(groups), key=lambda group: (order[group[0]], group[1])))}
+    x = np.array([places[group] for group in groups], dtype=float)
     x += np.random.default_rng(0).uniform(-0.25, 0.25, len(x))
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = plt.subplots(figsize=(max(6.4, 0.36 * len(places)), 4.4))
     dots = axis.scatter(x, score, c=rows["replication"].astype(float), cmap="coolwarm", s=12, vmin=0, vmax=1)
-    axis.set_xticks(range(len(places)), [*others, *(f"x{n}" for n in levels)], fontsize=8)
-    axis.set(xlabel="kind, and duplication count of fixed scenes", ylabel=name, title=title)
+    axis.set_xticks(range(len(places)), [f"{kind} x{n}" for kind, n in places], fontsize=8, rotation=60, ha="right")
+    axis.set(xlabel="kind, and duplication count", ylabel=name, title=title)
     figure.colorbar(dots, label="replication rate")
+    figure.tight_layout()
     return save_figure(figure, path)

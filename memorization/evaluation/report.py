@@ -7,36 +7,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from memorization.errors import InputError
 from memorization.evaluation import plots, text_baselines
-from memorization.evaluation.metrics import Metrics, family_weights, measure, paired_difference
+from memorization.evaluation.metrics import Metrics, family_weights, measure, paired_difference, parts_by
 from memorization.evaluation.runs import Run
 
 REFERENCE = "noise_norm"  # detectors are compared with it in pairs
 SUMMED = ("norm", "cosine")  # the terms that --weights sums
 
 
-def evaluate(run: Run, resamples: int = 2000, sum_weights: tuple[float, float] | None = None) -> dict:
+def evaluate(
+    run: Run, resamples: int = 2000, sum_weights: tuple[float, float] | None = None, by: str | None = None
+) -> dict:
     """Every number of a run's table, as it goes into ``metrics.json``.
 
     Args:
         resamples: of the bootstrap over families.
         sum_weights: of the norm and the cosine, for one more row.
+        by: a column; the memorized prompts of each of its values are also measured alone, against all that are not.
+
+    Raises:
+        InputError: the list has no column ``by``.
     """
     labels, families = run.scored["label"].to_numpy(), run.scored["family"].astype(str).to_numpy()
-    weights = family_weights(families, labels, resamples)
-    counts = sorted({1, run.noises})
-    measured: dict[tuple[str, int | None], Metrics] = {
-        (name, n): measure(labels, run.scores(run.scored, name, n), weights) for n in counts for name in run.names
-    }
-    measured |= {(name, n): measure(labels, scores, weights) for n in counts for name, scores in run.fitted(n).items()}
-    if sum_weights and set(SUMMED) <= set(run.names):
-        title = " + ".join(f"{name} x {weight:g}" for name, weight in zip(SUMMED, sum_weights, strict=True))
-        for n in counts:
-            terms = [run.scores(run.scored, name, n) for name in SUMMED]
-            measured[title, n] = measure(labels, np.dot(sum_weights, terms), weights)
-    for name, scores in _text_scores(run).items():
-        measured[name, None] = measure(labels, scores, weights)
-    return {
+    scores = _scores(run, sum_weights)
+    result = {
         "run": Path(run.name).name,
         "model": run.settings["model"],
         "counts": {
@@ -44,14 +39,51 @@ def evaluate(run: Run, resamples: int = 2000, sum_weights: tuple[float, float] |
             "families": len(set(families)), "families_memorized": len(set(families[labels == 1])),
             "left_out_validation": len(run.rows) - len(run.scored), "resamples": resamples,
         },
-        "detectors": [
-            {"detector": name, "images": n, **{key: dict(zip(("value", "low", "high"), value, strict=True))
-             for key, value in metrics.values.items()}, "realised_fpr": metrics.realised_fpr}
-            for (name, n), metrics in measured.items()
-        ],
-        "paired": _paired(measured),
+        **_compared(scores, labels, families, resamples),
         "costs": _costs(run),
     }  # fmt: skip
+    if by:
+        if by not in run.scored:
+            raise InputError(f"{run.name}: its rows have no column {by!r}; they have: {', '.join(_columns(run))}")
+        result["by"] = {"column": by, "parts": []}
+        for value, kept in parts_by(run.scored[by].tolist(), labels):
+            part = {key: of[kept] for key, of in scores.items()}
+            result["by"]["parts"].append({
+                "value": value, "memorized": int(labels[kept].sum()),
+                **_compared(part, labels[kept], families[kept], resamples),
+            })  # fmt: skip
+    return result
+
+
+def _columns(run: Run) -> list[str]:
+    """Columns that are no scores."""
+    return [column for column in run.scored if not isinstance(run.scored[column].iloc[0], list)]
+
+
+def _scores(run: Run, sum_weights: tuple[float, float] | None) -> dict[tuple[str, int | None], np.ndarray]:
+    """Name and number of noises -> scores of the scored rows."""
+    counts = sorted({1, run.noises})
+    scores = {(name, n): run.scores(run.scored, name, n) for n in counts for name in run.names}
+    scores |= {(name, n): values for n in counts for name, values in run.fitted(n).items()}
+    if sum_weights and set(SUMMED) <= set(run.names):
+        title = " + ".join(f"{name} x {weight:g}" for name, weight in zip(SUMMED, sum_weights, strict=True))
+        for n in counts:
+            scores[title, n] = np.dot(sum_weights, [run.scores(run.scored, name, n) for name in SUMMED])
+    return scores | {(name, None): values for name, values in _text_scores(run).items()}
+
+
+def _compared(
+    scores: dict[tuple[str, int | None], np.ndarray], labels: np.ndarray, families: np.ndarray, resamples: int
+) -> dict[str, list[dict]]:
+    """Every score's metrics, and their differences to the reference, on the same resamples."""
+    weights = family_weights(families, labels, resamples)
+    measured = {key: measure(labels, values, weights) for key, values in scores.items()}
+    detectors = [
+        {"detector": name, "images": n, **{key: dict(zip(("value", "low", "high"), value, strict=True))
+         for key, value in metrics.values.items()}, "realised_fpr": metrics.realised_fpr}
+        for (name, n), metrics in measured.items()
+    ]  # fmt: skip
+    return {"detectors": detectors, "paired": _paired(measured)}
 
 
 def _costs(run: Run) -> dict[str, dict]:
@@ -95,16 +127,12 @@ def numbers(metrics: dict) -> pd.DataFrame:
 
 def table(metrics: dict) -> pd.DataFrame:
     """The table of one run, numbers as text."""
-
-    def interval(cell: dict) -> str:
-        return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
-
     rows = []
     for row in metrics["detectors"]:
         rows.append({
             "detector": row["detector"], **_cost_cells(row, metrics["costs"]), "n": row["images"] or "-",
-            "AUC": interval(row["auc"]),
-            **{f"TPR@{t}%FPR": f"{interval(row[key])} at {row['realised_fpr'][key]:.2%}"
+            "AUC": _interval(row["auc"]),
+            **{f"TPR@{t}%FPR": f"{_interval(row[key])} at {row['realised_fpr'][key]:.2%}"
                for t, key in ((1, "tpr@1%"), (3, "tpr@3%"))},
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -119,6 +147,26 @@ def _cost_cells(row: dict, costs: dict) -> dict:
         return {"needs": "-", "UNet": "-", "s/prompt": "-"}
     n = row["images"]
     return {"needs": cost["needs"], "UNet": f"{cost['evaluations'] * n:g}", "s/prompt": f"{cost['seconds'] * n:.3g}"}
+
+
+def by_table(metrics: dict) -> pd.DataFrame:
+    """The memorized prompts of each value of a column, a row a value and detector."""
+    rows = []
+    for part in metrics["by"]["parts"]:
+        less = {(line["detector"], line["images"]): line for line in part["paired"] if line["metric"] == "auc"}
+        for row in part["detectors"]:
+            line = less.get((row["detector"], row["images"]))
+            rows.append({
+                metrics["by"]["column"]: part["value"], "memorized": part["memorized"], "detector": row["detector"],
+                "n": row["images"] or "-", "AUC": _interval(row["auc"]), "TPR@1%FPR": _interval(row["tpr@1%"]),
+                f"AUC less {REFERENCE}'s": f"{line['difference']:+.3f} [{line['low']:+.3f}, {line['high']:+.3f}]"
+                if line else "-",
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _interval(cell: dict) -> str:
+    return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
 def paired_table(metrics: dict) -> pd.DataFrame:

@@ -33,12 +33,12 @@ class Map(Checked, ABC):
 
     Attributes:
         needs_attention: whether it reads the attention of the last step.
-        needs_float32: whether it takes small differences, which drown in half precision.
+        takes_differences: whether it asks the model at points near by, whose small differences need float32.
     """
 
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
-    needs_float32: ClassVar[bool] = False
+    takes_differences: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, last: Step, predict: Predictor) -> Tensor:

@@ -45,7 +45,7 @@ class Curvature(Map):
     seed: Seed = 0
 
     name: ClassVar[str] = "curvature"
-    needs_float32: ClassVar[bool] = True
+    takes_differences: ClassVar[bool] = True
 
     def __call__(self, last: Step, predict: Predictor) -> Tensor:
         alpha, sigma = predict.noise_scales(self.timestep)

@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.errors import InputError
 from memorization.evaluation.metrics import noise_mean
 from memorization.io.figures import overlay
 from memorization.io.files import replacing, writing
@@ -25,6 +24,7 @@ from memorization.models.loading import Model
 from memorization.models.predictor import Predictor
 from memorization.runs.detect import Scoring
 from memorization.runs.memory import default_batch_size
+from memorization.runs.scorer import check_precision
 
 
 class Located(NamedTuple):
@@ -57,8 +57,7 @@ class Locator:
         guidance_scale: float,
         batch_size: int,
     ) -> None:
-        if pipe.unet.dtype != torch.float32 and (precise := [one.name for one in maps if one.needs_float32]):
-            raise InputError(f"{', '.join(precise)}: small differences drown in half precision; give --dtype float32")
+        check_precision(pipe, maps)
         self.pipe, self.maps, self.steps, self.guidance_scale = pipe, maps, steps, guidance_scale
         self.latents, self.batch_size = pipe.pure_noise(noises, seed), batch_size
         self.recorded = [steps - 1] if any(one.needs_attention for one in maps) else []

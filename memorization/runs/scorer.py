@@ -19,6 +19,7 @@ from memorization.detectors.base import (
 )
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, Bands, noises_needed
+from memorization.localisation.base import Map
 from memorization.models.attention import end_of_text
 from memorization.models.finite import check_finite
 from memorization.models.generation import detection_grid, generate
@@ -140,13 +141,13 @@ def _steps_read(detector: GenerationDetector, steps: int) -> int:
     return max((read.get(name, steps) for name in (*detector.terms, *detector.curves)), default=steps)
 
 
-def check_precision(pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector]) -> None:
-    """See that no detector takes differences of a model in half precision.
+def check_precision(pipe: LocalStableDiffusionPipeline, methods: Sequence[Detector | Map]) -> None:
+    """See that no method takes differences of a model in half precision.
 
     Raises:
         InputError: some do; names them.
     """
-    if pipe.unet.dtype != torch.float32 and (names := [d.name for d in detectors if d.takes_differences]):
+    if pipe.unet.dtype != torch.float32 and (names := [m.name for m in methods if m.takes_differences]):
         raise InputError(f"{', '.join(names)}: small differences drown in half precision; give --dtype float32")
 
 

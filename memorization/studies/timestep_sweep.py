@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memorization.detectors.base import GenerationDetector, PromptDetector
 from memorization.detectors.features import FEATURES, features
-from memorization.evaluation.metrics import noise_mean, roc, tpr_at_fpr
+from memorization.evaluation.metrics import noise_mean, parts_by, roc, tpr_at_fpr
 from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
@@ -58,24 +58,34 @@ class GenerationSweep(GenerationDetector):
         return {f"generation/{f}@{place}": kept[place, :, i] for place in self.steps for i, f in enumerate(FEATURES)}
 
 
-def sweep_table(rows: list[dict], timesteps: dict[int, int]) -> pd.DataFrame:
-    """AUC and TPR@1%FPR by latents, feature and timestep, from the lines of a store; ``timesteps``: place -> t."""
+def sweep_table(rows: list[dict], timesteps: dict[int, int], by: str | None = None) -> pd.DataFrame:
+    """AUC and TPR@1%FPR by positives, latents, feature and timestep, from the lines of a store.
+
+    Args:
+        timesteps: place -> t.
+        by: a column; the memorized prompts of each of its values are measured too, against all that are not.
+    """
     labels = np.array([row["label"] for row in rows])
+    parts = {"all": np.ones(len(rows), bool)}
+    if by:
+        parts |= dict(parts_by([row[by] for row in rows], labels))
     found = []
     for key in (key for key in rows[0] if "@" in key):
         latents, rest = key.split("/")
         feature, place = rest.split("@")
         scores = np.array([noise_mean(row[key]) for row in rows])
-        fpr, tpr = roc(labels, scores)
-        found.append({
-            "latents": latents, "feature": feature, "t": timesteps[int(place)],
-            "auc": float(np.trapezoid(tpr, fpr)), "tpr@1%": tpr_at_fpr(labels, scores, 0.01)[0],
-        })  # fmt: skip
+        for positives, kept in parts.items():
+            fpr, tpr = roc(labels[kept], scores[kept])
+            found.append({
+                "positives": positives, "latents": latents, "feature": feature, "t": timesteps[int(place)],
+                "auc": float(np.trapezoid(tpr, fpr)), "tpr@1%": tpr_at_fpr(labels[kept], scores[kept], 0.01)[0],
+            })  # fmt: skip
     return pd.DataFrame(found)
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     """AUC above, TPR@1%FPR below; pure noise on the left, a generation's latents on the right."""
+    table = table[table["positives"] == "all"]
     kinds = [kind for kind in ("noise", "generation") if (table["latents"] == kind).any()]
     names = {"noise": "pure noise", "generation": "latents of a generation"}
     figure, axes = plt.subplots(
@@ -117,14 +127,19 @@ def main(arguments: Arguments = None) -> None:
         default=5,
         help="steps of the 50-step grid between two (default: %(default)s)",
     )
+    add(
+        "--by", metavar="COLUMN", help="a table more for the memorized prompts of each value of this column (kind, ...)"
+    )
     add("--no-generation", action="store_true", help="pure noise alone: several times cheaper")
     args = parser.parse_args(arguments)
     if args.every < 1:
         parser.error("--every is at least 1")
     subject = open_subject(args, "timestep_sweep")
+    if args.by and args.by not in subject.frame:
+        parser.error(f"--by: the list has no column {args.by!r}; it has: {', '.join(subject.frame)}")
     rows, timesteps = sweep(args, subject)
-    table = sweep_table(rows, timesteps)
-    shown = table.pivot_table(index=["latents", "feature"], columns="t", values="auc", sort=False)
+    table = sweep_table(rows, timesteps, args.by)
+    shown = table.pivot_table(index=["positives", "latents", "feature"], columns="t", values="auc", sort=False)
     print(f"AUC, {len(rows)} prompts\n{shown.round(3).to_string()}")
     write_atomically(subject.out / "table.csv", table.round(4).to_csv(index=False))
     draw(table, subject.out / "sweep.png", f"{subject.spec.name}, {args.split} rows, n = {args.noises}")
