@@ -66,7 +66,7 @@ def sweep_table(rows: list[dict], timesteps: dict[int, int], by: str | None = No
         by: a column; the memorized prompts of each of its values are measured too, against all that are not.
     """
     labels = np.array([row["label"] for row in rows])
-    parts = {"all": np.ones(len(rows), bool)}
+    parts: dict[object, np.ndarray] = {"all": np.ones(len(rows), bool)}
     if by:
         parts |= dict(parts_by([row[by] for row in rows], labels))
     found = []
