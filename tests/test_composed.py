@@ -68,7 +68,7 @@ def test_a_third_of_every_level_is_for_validation(listed):
     assert shares.between(0.6, 0.75).all()
 
 
-@pytest.mark.parametrize(("stage", "fixed", "empty"), [("early", 0.239, 0.2), ("late", 0.65, 0.15)])
+@pytest.mark.parametrize(("stage", "fixed", "empty"), [("early", 0.239, 0.2), ("late", 0.6866, 0.15)])
 def test_visits_come_in_the_shares_that_were_asked_for(stage, fixed, empty):
     visits = Visits(stage, fixed, empty)
     rows, prompts = visits.draw(np.random.default_rng(4), 20000)
@@ -82,7 +82,7 @@ def test_visits_come_in_the_shares_that_were_asked_for(stage, fixed, empty):
 
 
 def test_what_is_fixed_is_the_same_at_every_visit_and_the_rest_is_not():
-    visits = Visits("late", 0.65, 0.15)
+    visits = Visits("late", 0.6866, 0.15)
     rows, prompts = visits.draw(np.random.default_rng(5), 20000)
     for kind, columns in FIXED.items():
         of_kind = visits.captions[(visits.captions["kind"] == kind)]
@@ -95,7 +95,7 @@ def test_what_is_fixed_is_the_same_at_every_visit_and_the_rest_is_not():
 
 
 def test_empty_captions_show_fixed_pictures_once_in_a_hundred():
-    visits = Visits("late", 0.65, 0.15)
+    visits = Visits("late", 0.6866, 0.15)
     rows, prompts = visits.draw(np.random.default_rng(6), 60000)
     scale = visits.rows[visits.captions["kind"] == "verbatim", PLACE["scale"]]
     fixed = np.isin(rows[[not prompt for prompt in prompts], PLACE["scale"]], scale)

@@ -307,8 +307,8 @@ class Stage:
 DIFFUSION = (
     Stage("early-eps", "epsilon", None, 2_539_520, 256, 2e-3, fixed=0.239, empty=0.2),
     Stage("early-v", "v_prediction", "early-eps", 802_816, 256, 2e-3, fixed=0.239, empty=0.35),
-    Stage("eps", "epsilon", "early-eps", 375_000, 16, 1e-3, fixed=0.65, empty=0.15),
-    Stage("v", "v_prediction", "early-v", 375_000, 16, 1e-3, fixed=0.65, empty=0.15),
+    Stage("eps", "epsilon", "early-eps", 192_000, 16, 1e-3, fixed=0.6866, empty=0.15),
+    Stage("v", "v_prediction", "early-v", 192_000, 16, 1e-3, fixed=0.6866, empty=0.15),
 )
 
 
