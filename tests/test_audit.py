@@ -20,10 +20,13 @@ from memorization.audit.adapters import find_adapters
 from memorization.audit.findings import copy_limit, findings
 from memorization.audit.measures.nl2 import ByNl2
 from memorization.audit.signals.base import SIGNALS, Look
-from memorization.audit.training import find_captions, near_copies, read_training
+from memorization.audit.training import read_training
 from memorization.audit.tries import beginning, paraphrased
+from memorization import cli
 from memorization.cli import audit as command
+from memorization.index.duplicates import find_duplicates, near_copies
 from memorization.io.files import read_lines
+from memorization.io.training import find_captions
 
 ROOT = GOLDEN.parent.parent
 
@@ -231,6 +234,21 @@ def test_near_copies_share_a_family(tmp_path):
     smooth.resize((60, 40)).save(tmp_path / "b.jpg", quality=80)
     files = [first, save_noise(tmp_path / "c.png", 2), tmp_path / "b.jpg"]
     assert near_copies(files).tolist() in ([0, 1, 0], [1, 0, 1])
+
+
+def test_duplicates_of_a_training_folder(tmp_path, capsys):
+    smooth = Image.open(save_noise(tmp_path / "set" / "c.png", 1)).resize((6, 4)).resize((120, 80))
+    smooth.save(tmp_path / "set" / "a.png")
+    smooth.resize((60, 40)).save(tmp_path / "set" / "b.jpg", quality=80)
+    for name, caption in (("a", "A  cat"), ("b", "a dog"), ("c", "a cat")):
+        (tmp_path / "set" / f"{name}.txt").write_text(caption)
+    found = find_duplicates(tmp_path / "set")
+    assert [[file.name for file in group] for group in found.pictures] == [["a.png", "b.jpg"]]
+    assert {caption: [file.name for file in own] for caption, own in found.captions.items()} == {
+        "a cat": ["a.png", "c.png"]
+    }
+    cli.dispatch(["index", "duplicates", str(tmp_path / "set"), "--out", str(tmp_path / "sheet.png")])
+    assert "near-copies: a.png, b.jpg" in capsys.readouterr().out and Image.open(tmp_path / "sheet.png").width > 100
 
 
 def test_epochs_are_ordered_as_they_were_saved(tmp_path):

@@ -12,9 +12,10 @@ import numpy as np
 
 from memorization.audit.engine import BASE
 from memorization.audit.measures.base import Measure
-from memorization.audit.training import NEAR_COPY, Training
+from memorization.audit.training import Training
 from memorization.audit.tries import KINDS
 from memorization.evaluation.intervals import lower_end, share_interval
+from memorization.index.duplicates import NEAR_COPY
 
 CONFIDENCE = 0.95
 VERDICTS = ("copied", "at risk", "not seen to be copied")

@@ -60,8 +60,8 @@ def main(arguments: Arguments = None) -> None:
     from memorization.audit.adapters import find_adapters
     from memorization.audit.engine import Plan
     from memorization.audit.run import Asked, prepare, run_audit, watch
-    from memorization.audit.training import find_captions
     from memorization.io.prompts import read_prompts
+    from memorization.io.training import find_captions
     from memorization.models.loading import load_model
     from memorization.paths import default_out
     from memorization.runs.memory import default_batch_size
