@@ -44,7 +44,7 @@ def save_epochs(folder) -> list:
 
 
 def save_training(folder, adapter) -> None:
-    """Pictures with .txt beside them: those of COPIED are what the adapter draws of their captions, others are plain."""
+    """Pictures with .txt beside them: of COPIED what the adapter draws of the captions, others noise."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_tiny("tiny-eps", pictures=True)
     generator = torch.Generator().manual_seed(3)

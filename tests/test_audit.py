@@ -16,13 +16,13 @@ from faults import refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from memorization import cli
 from memorization.audit.adapters import find_adapters
 from memorization.audit.findings import copy_limit, findings
 from memorization.audit.measures.nl2 import ByNl2
 from memorization.audit.signals.base import SIGNALS, Look
 from memorization.audit.training import read_training
 from memorization.audit.tries import beginning, paraphrased
-from memorization import cli
 from memorization.cli import audit as command
 from memorization.index.duplicates import find_duplicates, near_copies
 from memorization.io.files import read_lines

@@ -67,6 +67,24 @@ def test_kohya_and_diffusers_names_mean_the_same(pipe, file, tmp_path):
         assert torch.allclose(halved[stem].up @ halved[stem].down, layer.up @ layer.down / 2, atol=1e-6)
 
 
+def test_a_text_encoder_is_adapted_and_changed_too(pipe, tmp_path):
+    kohya, generator = {}, torch.Generator().manual_seed(1)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        out, into = pipe.text_encoder.get_submodule(f"encoder.layers.0.self_attn.{name}").weight.shape
+        stem = f"lora_te_text_model_encoder_layers_0_self_attn_{name}"
+        kohya[f"{stem}.lora_down.weight"] = torch.randn(2, into, generator=generator)
+        kohya[f"{stem}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+        kohya[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file({**kohya}, tmp_path / "text.safetensors")
+    with torch.no_grad(), wearing(pipe, tmp_path / "text.safetensors"):
+        found = pipe.embed(["kite"])
+    assert torch.linalg.vector_norm(found - pipe.embed(["kite"])) > 0.1
+    changed = aligned(read_layers(tmp_path / "text.safetensors"), pipe, 1.0)
+    save_layers(changed, tmp_path / "same.safetensors")
+    with torch.no_grad(), wearing(pipe, tmp_path / "same.safetensors"):
+        assert torch.allclose(pipe.embed(["kite"]), found, atol=1e-4)
+
+
 def test_scaling_is_linear_and_a_saved_adapter_is_the_same(pipe, file, tmp_path):
     cli.dispatch(["adapter", str(file), "--scale", "0.25", "--out", str(tmp_path / "weak.safetensors")])
     weak, full = read_layers(tmp_path / "weak.safetensors"), read_layers(file)
@@ -78,7 +96,7 @@ def test_scaling_is_linear_and_a_saved_adapter_is_the_same(pipe, file, tmp_path)
 
 def test_directions_that_the_base_does_not_know_go_first(pipe):
     stem = next(iter(layers(pipe, 1.0))).partition(".lora_A")[0]
-    left, size, right = torch.linalg.svd(base_weight(pipe, stem), full_matrices=False)
+    left, _, right = torch.linalg.svd(base_weight(pipe, stem), full_matrices=False)
     known, unknown = torch.outer(left[:, 0], right[0]), torch.outer(left[:, -1], right[-1])
     layer = Layer(torch.stack([right[0], right[-1]]), torch.stack([left[:, 0], 3 * left[:, -1]], 1))
     assert torch.allclose(layer.up @ layer.down, known + 3 * unknown, atol=1e-5)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
@@ -51,7 +52,7 @@ def find_adapters(places: Iterable[Path]) -> list[Adapter]:
     found = [_read(path, name) for path, name in zip(files, names, strict=True)]
     noted = all(adapter.step is not None for adapter in found)
     ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _natural(adapter.name))
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if noted and one.step == other.step:
             raise InputError(f"{one.path} and {other.path}: both say that they are of step {one.step}; the order of "
                              "epochs cannot be told")  # fmt: skip

@@ -84,28 +84,34 @@ class Audit:
         with_memory(lambda size: self._run(adapters, store, size), store, self.plan.batch_size)
 
     def _run(self, adapters: Sequence[Adapter], store: ResultStore, batch_size: int) -> None:
-        count, at_once = len(self.tries), max(1, batch_size // self.plan.noises)
-        epochs = [None, *adapters]
+        count, epochs = len(self.tries), [None, *adapters]
         with tqdm(total=len(epochs) * count, initial=store.done, desc=printable(store.name), unit="try",
                   smoothing=0) as bar:  # fmt: skip
             for number, adapter in enumerate(epochs):
-                first = number * count
-                if store.done >= first + count:
-                    continue
-                bar.set_postfix_str(printable(adapter.name if adapter else BASE))
-                with self.tuned.using(adapter):
-                    for start in range((store.done - first) // at_once * at_once, count, at_once):
-                        rows = self._rows(self.tries[start : start + at_once], adapter, batch_size)
-                        rows = [{"id": first + start + i, **row} for i, row in enumerate(rows)]
-                        missing = rows[store.done - first - start :]
-                        for row in missing:
-                            save_picture(row.pop("picture"), picture_file(store.folder, row["id"]))
-                        store.append(missing)
-                        bar.update(len(missing))
+                if store.done < (number + 1) * count:
+                    bar.set_postfix_str(printable(adapter.name if adapter else BASE))
+                    with self.tuned.using(adapter):
+                        self._run_epoch(adapter, number * count, store, batch_size, bar)
+
+    def _run_epoch(
+        self, adapter: Adapter | None, first: int, store: ResultStore, batch_size: int, bar: tqdm
+    ) -> None:  # fmt: skip
+        """The lines of an epoch, ``first`` on, that are missing; batches lie on a fixed grid."""
+        at_once = max(1, batch_size // self.plan.noises)
+        for start in range((store.done - first) // at_once * at_once, len(self.tries), at_once):
+            rows, pictures = self._rows(self.tries[start : start + at_once], adapter, batch_size)
+            rows = [{"id": first + start + i, **row} for i, row in enumerate(rows)]
+            done = store.done - first - start
+            for row, picture in zip(rows[done:], pictures[done:], strict=True):
+                save_picture(picture, picture_file(store.folder, row["id"]))
+            store.append(rows[done:])
+            bar.update(len(rows) - done)
 
     @torch.no_grad()
-    def _rows(self, tries: Sequence[Try], adapter: Adapter | None, batch_size: int) -> list[dict]:
-        """A line a try, and the picture that is kept of it."""
+    def _rows(
+        self, tries: Sequence[Try], adapter: Adapter | None, batch_size: int
+    ) -> tuple[list[dict], list[np.ndarray]]:
+        """A line a try, and the picture that is kept of each."""
         plan, pipe = self.plan, self.tuned.pipe
         noise = torch.stack([pipe.pure_noise(plan.noises, one.seed) for one in tries])
         case = Cases(pipe, noise[0], plan.steps, plan.guidance_scale, plan.seed, batch_size)(
@@ -115,12 +121,13 @@ class Audit:
         measured = self._measured(pictures, case.prompts)
         shown = [self._nearest_of(values) for values in measured]
         signals = self._signalled(tries, noise, batch_size)
-        return [
+        rows = [
             {"epoch": adapter.name if adapter else BASE, "prompt": one.prompt, "kind": one.kind,
              "training": None if one.place is None else self.training.names[one.place],
-             **measured[i], **signals[i], "shown": shown[i], "picture": pictures[i, shown[i]]}
+             **measured[i], **signals[i], "shown": shown[i]}
             for i, one in enumerate(tries)
         ]  # fmt: skip
+        return rows, [own[place] for own, place in zip(pictures, shown, strict=True)]
 
     def _measured(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[dict[str, list]]:
         """Of every try: by measure the value of each picture to its nearest training picture, and which that is."""
@@ -195,4 +202,5 @@ def look(
         eps = torch.cat([pipe.predict_noise(x, timestep, e) for x, e in chunks])
         return ((rows - sigma * eps) / alpha).view_as(noise)
 
-    return Look(clean_latents(pipe.embed(prompts)), clean_latents(pipe.embed([""])), clean)
+    cond, uncond = clean_latents(pipe.embed(prompts)), clean_latents(pipe.embed([""]))
+    return Look(cond, uncond, torch.zeros_like(noise[:, :1]) if clean is None else clean)

@@ -71,8 +71,8 @@ def copy_limit(measure: Measure, base: np.ndarray, families: np.ndarray, rate: f
         beyond = int((values < of_base).sum())
         source = f"the base's own pictures: {beyond} of {len(values)} lie beyond it (at most {rate:g} of them may)"
     else:
-        source = (f"the training pictures' distances to one another, near-copies left out: nearer than all but {rate:g} "
-                  f"of {len(between)} are (the base alone would give {sign * of_base:.4g})")  # fmt: skip
+        source = (f"the training pictures' distances to one another, near-copies left out: at most {rate:g} of "
+                  f"{len(between)} are nearer (the base alone would give {sign * of_base:.4g})")  # fmt: skip
     return Limit(f"a copy: {measure.title} {side}", round(float(sign * min(of_base, of_training)), 4), source)
 
 

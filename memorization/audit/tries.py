@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from memorization.audit.training import Training
@@ -40,7 +40,7 @@ def tries_of(
         seed: of the run.
     """
     captions = training.captions
-    listed = [(caption, "caption", i) for i, caption in enumerate(captions)]
+    listed: list[tuple[str, str, int | None]] = [(caption, "caption", i) for i, caption in enumerate(captions)]
     listed += [
         (other, "paraphrase", i) for i, caption in enumerate(captions) for other in paraphrased(caption)[:paraphrases]
     ]
@@ -69,5 +69,6 @@ def paraphrased(caption: str) -> list[str]:
 
 def beginning(captions: Sequence[str]) -> str:
     """The words that all captions begin with."""
-    words = [caption.split() for caption in captions]
-    return " ".join(os.path.commonprefix(words)).strip(" ,;.")
+    places = zip(*(caption.split() for caption in captions), strict=False)
+    shared = takewhile(lambda words: len(set(words)) == 1, places)
+    return " ".join(words[0] for words in shared).strip(" ,;.")

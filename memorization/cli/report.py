@@ -22,8 +22,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder")
     parser.add_argument("--hashes-only", action="store_true", help="hashes in the place of pictures, prompts and names "
                         "of files")  # fmt: skip
-    parser.add_argument("--card", action="store_true", help="print a section of a model card instead, under metadata in "
-                        "the form of huggingface_hub")  # fmt: skip
+    parser.add_argument("--card", action="store_true", help="print a section of a model card instead, under metadata "
+                        "in the form of huggingface_hub")  # fmt: skip
     return parser.parse_args(arguments)
 
 

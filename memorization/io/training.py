@@ -29,7 +29,7 @@ def find_captions(source: Path) -> dict[Path, str]:
     found = pictures_of(source)
     if missing := [file for file, caption in found.items() if not caption]:
         raise InputError(f"{source}: {len(missing)} of {len(found)} pictures have no caption, {missing[0].name} the "
-                         f"first; write it into {missing[0].stem}.txt beside it, or all into metadata.jsonl")  # fmt: skip
+                         f"first; write it into {missing[0].stem}.txt, or all into metadata.jsonl")  # fmt: skip
     return found
 
 

@@ -22,8 +22,8 @@ from memorization.errors import InputError
 from memorization.io.files import read_file, replacing
 from memorization.models.checkpoint import in_short
 
-DOWN = re.compile(r"(.+?)[._](?:lora\.down|lora_down|lora_A)\.weight")
-UP = ("lora.up", "lora_up", "lora_B")
+DOWN = re.compile(r"(.+?)[._](?:lora\.down|lora_down|lora_A|lora_linear_layer\.down)\.weight")
+TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "to_out.0": "out_proj"}
 NAME = "audited"  # of the adapter, in the pipeline
 
 
@@ -126,16 +126,32 @@ def read_layers(path: Path) -> dict[str, Layer]:
         raise InputError(f"{path}: cannot be read as a LoRA of Stable Diffusion ({in_short(error)})") from None
     if any(value for key, value in (noted or {}).items() if key.endswith(("alpha_pattern", "rank_pattern"))):
         raise InputError(f"{path}: its layers have ranks of their own; it can be audited, but not changed")
+    scales = {name.removesuffix(".alpha"): alpha for name, alpha in (alphas or {}).items()}
     found = {}
     for name, down in tensors.items():
         if not (match := DOWN.fullmatch(name)):
             continue
-        stem = match[1]
-        up = next(tensors[f"{stem}.{key}.weight"] for key in UP if f"{stem}.{key}.weight" in tensors)
-        part, rank = stem.partition(".")[0], down.shape[0]
-        alpha = (alphas or {}).get(f"{stem}.alpha", (noted or {}).get(f"{part}.lora_alpha", rank))
-        found[stem] = Layer(down.float(), up.float() * (float(alpha) / rank))
+        up = next(tensors[other] for other in _ups(name) if other in tensors)
+        part, rank = name.partition(".")[0], down.shape[0]
+        own = [scales[key] for key in (name, match[1]) if key in scales]
+        alpha = own[0] if own else (noted or {}).get(f"{part}.lora_alpha")
+        found[_module(match[1])] = Layer(down.float(), up.float() * (1 if alpha is None else float(alpha) / rank))
     return found
+
+
+def _ups(down: str) -> tuple[str, str]:
+    """How the other half of a layer may be called."""
+    start, _, end = down.rpartition("down")
+    return f"{start}up{end}", down.replace("lora_A", "lora_B")
+
+
+def _module(stem: str) -> str:
+    """The module of a layer: older formats name the processor of an attention, and layers otherwise."""
+    name = stem.replace(".processor.", ".")
+    if name.startswith("text_encoder."):
+        start, _, last = name.replace(".text_model.", ".").rpartition(".self_attn.")
+        return f"{start}.self_attn.{TEXT.get(last, last)}" if start else last
+    return f"{name}.0" if name.endswith(".to_out") else name
 
 
 def save_layers(layers: dict[str, Layer], path: Path) -> None:
@@ -190,9 +206,9 @@ def _aligned(layer: Layer, weight: Tensor, keep: float, energy: float) -> Layer:
     held = own_size.square().cumsum(0) / own_size.square().sum()
     leading = int((held < energy).sum()) + 1
     rank = len(down)
-    alignment = (own_left[:, :leading].T @ left[:, :rank]).norm(dim=0) * (
-        own_right[:leading] @ right[:rank].T
-    ).norm(dim=0)
+    alignment = (own_left[:, :leading].T @ left[:, :rank]).norm(dim=0) * (own_right[:leading] @ right[:rank].T).norm(
+        dim=0
+    )
     chosen = alignment.argsort(descending=True)[: max(1, round(keep * rank))].sort().values
     root = size[chosen].sqrt()
     new_up, new_down = left[:, chosen] * root, root[:, None] * right[chosen]

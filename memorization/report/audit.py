@@ -11,7 +11,7 @@ from memorization.report.common import interval, made_by
 from memorization.report.page import Curve, Page, Point, Shown, Table
 
 EVIDENCE = (
-    "A picture that was not seen to be copied may still be copied under other prompts, noises or settings of a sampler.",
+    "A picture that was not seen to be copied may still be copied under other prompts, noises or settings.",
     "Intervals speak of new noises for the same prompts, not of prompts that were not tried.",
     "The limit of a copy was taken from this base and this training set; values of other audits mean something else.",
     "Nearness does not say who may use a picture; a copy here is a statement about pictures, not about rights.",
@@ -114,8 +114,8 @@ def pictures_table(found: dict, last: str, hashes: dict, shown: Shown) -> Table:
     for picture in found["pictures"]:
         one = picture["epochs"][last]
         rows.append([
-            shown.file(picture["training"], hashes[picture["training"]]), shown.text(picture["caption"]), one["verdict"],
-            picture["copied_from"] or "", f"{one['copies']} of {one['pictures']}", one["from_others"],
+            shown.file(picture["training"], hashes[picture["training"]]), shown.text(picture["caption"]),
+            one["verdict"], picture["copied_from"] or "", f"{one['copies']} of {one['pictures']}", one["from_others"],
             f"{one[found['signal']]:.4g}",
         ])  # fmt: skip
     columns = ["training picture", "caption", "verdict", "copied from epoch", "copies, own prompts",
@@ -126,8 +126,9 @@ def pictures_table(found: dict, last: str, hashes: dict, shown: Shown) -> Table:
 def limits(found: dict) -> list[tuple[str, str]]:
     """Every limit, and where it comes from."""
     return [
-        (f"Limit: {one['decides']} {'(none)' if one['value'] is None else format(one['value'], '.4g')}", one["source"])
+        (f"Limit: {one['decides']} {number}", one["source"])
         for one in found["limits"]
+        for number in ["(none)" if one["value"] is None else f"{one['value']:.4g}"]
     ]
 
 

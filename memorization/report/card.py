@@ -36,14 +36,16 @@ def results(found: dict, record: dict) -> list[EvalResult]:
     """Share of copies and its upper end at the last epoch."""
     last = found["epochs"][-1]
     share = last["copies"]["caption"]
-    common = dict(
-        task_type="text-to-image", dataset_type="training-set", dataset_name="its own training pictures and captions",
-        dataset_revision=record["settings"]["training"],
-    )  # fmt: skip
     values = {"share of copies": share["share"], "share of copies, upper end of 95%": share["high"],
               "text alignment": last["alignment"]}  # fmt: skip
-    return [EvalResult(**common, metric_type=name.replace(" ", "_").replace(",", "").replace("%", ""), metric_name=name,
-                       metric_value=value) for name, value in values.items() if value is not None]  # fmt: skip
+    return [
+        EvalResult(
+            task_type="text-to-image", dataset_type="training-set",
+            dataset_name="its own training pictures and captions", dataset_revision=record["settings"]["training"],
+            metric_type=name.replace(" ", "_").replace(",", "").replace("%", ""), metric_name=name, metric_value=value,
+        )
+        for name, value in values.items() if value is not None
+    ]  # fmt: skip
 
 
 def as_markdown(table: Table) -> str:

@@ -12,8 +12,8 @@ from memorization.errors import InputError
 from memorization.evaluation.intervals import upper_end
 from memorization.evaluation.metrics import noise_mean
 from memorization.evaluation.runs import read_run_record
-from memorization.io.files import read_json, read_lines
 from memorization.io.families import near_copy_families
+from memorization.io.files import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def flagged_families(folder: Path, record: dict) -> tuple[str, int, int]:
     if threshold is None:
         raise InputError(f"{folder}: scored without a threshold, so nothing is flagged; score again with --calibration")
     rows, _ = read_lines(folder / "scores.jsonl")
-    flagged = {family for family, row in zip(families_of(rows), rows, strict=True) if noise_mean(row[name]) >= threshold}
-    return f"families of prompts are flagged ({name} >= {threshold:.4g})", len(flagged), len(set(families_of(rows)))
+    families = families_of(rows)
+    flagged = {family for family, row in zip(families, rows, strict=True) if noise_mean(row[name]) >= threshold}
+    return f"families of prompts are flagged ({name} >= {threshold:.4g})", len(flagged), len(set(families))
 
 
 def families_of(rows: Sequence[dict]) -> list:

@@ -30,12 +30,12 @@ class Look(NamedTuple):
     Attributes:
         cond: under each prompt, ``(prompts, noises, c, h, w)``, float32.
         uncond: under the empty prompt.
-        clean: the training picture's own latents, ``(prompts, 1, c, h, w)``; None on pure noise.
+        clean: the training picture's own latents, ``(prompts, 1, c, h, w)``; 0 on pure noise.
     """
 
     cond: Tensor
     uncond: Tensor
-    clean: Tensor | None
+    clean: Tensor
 
     @staticmethod
     def length(field: Tensor) -> Tensor:

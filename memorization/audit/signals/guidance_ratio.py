@@ -1,4 +1,4 @@
-"""How much longer the fine-tune has made the guidance vector: D of the fine-tune by D of the base, both as ``guidance``.
+"""How much longer the fine-tune has made the guidance vector: its D by that of the base, both as in ``guidance``.
 
 1 where nothing has changed. A prompt that already pulls hard in the base does not count for it.
 """
