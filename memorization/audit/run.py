@@ -77,7 +77,7 @@ def prepare(model: Model, folder: Path, plan: Plan, asked: Asked) -> Prepared:
         "training": training.revision, "tries": [[one.prompt, one.kind] for one in tries], **vars(plan),
         "signals": {signal.name: signal.record() for signal in signals},
         "measures": {measure.name: measure.revision for measure in measures},
-        "clip": network.revision if network else None, "rate": asked.rate,
+        "alignment": network.revision if network else None, "rate": asked.rate,
     }  # fmt: skip
     audit = Audit(Tuned(model), training, tries, signals, measures, plan, network)
     return Prepared(audit, training, measures, settings, asked.rate)
