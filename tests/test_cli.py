@@ -8,6 +8,8 @@ import pytest
 from conftest import GOLDEN
 
 from memorization import __version__, cli
+from memorization.audit.measures.base import MEASURES
+from memorization.audit.signals.base import SIGNALS
 from memorization.detectors.base import DETECTORS
 from memorization.errors import InputError
 from memorization.mitigations.base import MITIGATIONS
@@ -35,7 +37,12 @@ def test_the_package_is_imported_without_anything_heavy():
         ["eval"],
         ["mitigate"],
         ["index", "build"],
+        ["audit"],
+        ["report"],
+        ["gate"],
+        ["adapter"],
         ["index", "search"],
+        ["index", "duplicates"],
         ["study"],
         ["prompts"],
         ["models"],
@@ -154,3 +161,9 @@ def test_no_engine_names_a_method():
     named = {str(path.relative_to(ROOT)) for path in [*rooms, *ROOT.glob("*.py")]
              if re.search(rf"""["']({names})["']""", path.read_text())}  # fmt: skip
     assert named == {"memorization/evaluation/learned.py", "memorization/evaluation/report.py"}
+
+
+def test_an_audit_names_no_signal_and_no_measure():
+    names = "|".join([*SIGNALS, *MEASURES])
+    files = [*(ROOT / "memorization" / "audit").glob("*.py"), *(ROOT / "memorization" / "report").glob("*.py")]
+    assert len(files) > 10 and not [path for path in files if re.search(rf"""["']({names})["']""", path.read_text())]

@@ -4,6 +4,7 @@ python -m memorization index build FOLDER --out INDEX                a folder of
 python -m memorization index build prompts/testbed.csv --out INDEX   a list with columns image and prompt
 python -m memorization index search INDEX picture.png -k 5
 python -m memorization index compress INDEX                          for more than a few 100,000 pictures, by FAISS
+python -m memorization index duplicates FOLDER                       near-copies and repeated captions, with a sheet
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from memorization.errors import InputError, printable
 from memorization.flags import FLAGS, ArgumentParser, Arguments, add_flags, value
 from memorization.index.kinds import FEATURES, NETWORKED, SIZED
-from memorization.settings import Count
+from memorization.settings import Count, Share
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -40,6 +41,12 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     find.add_argument("index", type=Path)
     find.add_argument("pictures", nargs="+", type=Path)
     find.add_argument("-k", type=value(Count), default=5, help="how many (default: %(default)s)")
+    twice = commands.add_parser("duplicates", help="near-copies and repeated captions in a training folder")
+    twice.add_argument("source", type=Path, metavar="FOLDER|LIST")
+    twice.add_argument("--limit", type=value(Share), default=0.05, metavar="X",
+        help="l2 of pixels at 64 x 64, between 0 and 1, below which pictures are near-copies (default: %(default)s)")
+    twice.add_argument("--out", type=Path, metavar="PNG", help="the contact sheet (default: "
+        "results/local/duplicates/<folder>.png)")
     # fmt: on
     args = parser.parse_args(arguments)
     if args.command == "build":
@@ -53,7 +60,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
 def main(arguments: Arguments = None) -> None:
     """Parse, build or search, print."""
     args = parse(arguments)
-    {"build": build, "compress": compress, "search": search}[args.command](args)
+    {"build": build, "compress": compress, "search": search, "duplicates": duplicates}[args.command](args)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -92,3 +99,21 @@ def search(args: argparse.Namespace) -> None:
         (times,) = index.multiplicity(rows[None])
         if times > 1:
             print(f"  The caption of the first is that of {times} of these {len(rows)}.")
+
+
+def duplicates(args: argparse.Namespace) -> None:
+    """``index duplicates``."""
+    from memorization.index.duplicates import draw, find_duplicates
+    from memorization.paths import default_out
+
+    found = find_duplicates(args.source, args.limit)
+    for group in found.pictures:
+        print(printable(f"near-copies: {', '.join(file.name for file in group)}"))
+    for caption, files in found.captions.items():
+        print(printable(f"{len(files)} pictures share the caption: {caption}"))
+    spare = sum(len(group) - 1 for group in found.pictures)
+    print(f"{len(found.pictures)} groups of near-copies (l2 below {args.limit:g}), {spare} pictures to spare; "
+          f"{len(found.captions)} captions come more than once")  # fmt: skip
+    if found.pictures:
+        name = f"{args.source.resolve().stem}.png"
+        print(printable(str(draw(found.pictures, args.out or default_out("duplicates", name)))))

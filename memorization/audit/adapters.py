@@ -1,0 +1,148 @@
+"""The states of a fine-tune: LoRA files and checkpoints, in the order in which a trainer saved them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.errors import InputError
+from memorization.io.files import sha256_of
+from memorization.models.checkpoint import identity_of
+from memorization.models.loading import Model, load_pipeline
+from memorization.models.lora import header_of, wearing, without_adapter
+from memorization.models.spec import ModelSpec
+
+STEPS = ("ss_steps", "step", "global_step")  # how trainers call the step that they note
+PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One state.
+
+    Attributes:
+        name: for people: its file's, and its folder's where files are alike.
+        step: that its trainer noted; None where it did not.
+        whole: a checkpoint instead of a LoRA.
+        revision: the sha256 of what it holds.
+    """
+
+    name: str
+    path: Path
+    step: int | None
+    whole: bool
+    revision: str
+
+
+def find_adapters(places: Iterable[Path]) -> list[Adapter]:
+    """The states that files and folders hold, earliest first: by the step that is noted in them, else by name.
+
+    A trainer's last file often has no number; it comes last.
+
+    Raises:
+        InputError: one is no adapter or checkpoint, or two are of the same step.
+    """
+    files = list(dict.fromkeys(path for place in places for path in _states(place)))
+    names = _names(files)
+    found = [_read(path, name) for path, name in zip(files, names, strict=True)]
+    noted = all(adapter.step is not None for adapter in found)
+    ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _natural(adapter.name))
+    for one, other in pairwise(ordered):
+        if noted and one.step == other.step:
+            raise InputError(f"{one.path} and {other.path}: both say that they are of step {one.step}; the order of "
+                             "epochs cannot be told")  # fmt: skip
+    return ordered
+
+
+def _states(place: Path) -> list[Path]:
+    """The LoRA files and checkpoints at a place."""
+    if not place.is_dir():
+        return [place]
+    if (place / "model_index.json").is_file():
+        return [place]
+    inside = sorted(
+        [*place.glob("*.safetensors"), *place.glob("*/*.safetensors"), *place.glob("*/model_index.json")],
+        key=lambda path: _natural(path.relative_to(place).as_posix()),
+    )
+    inside = [path.parent if path.name == "model_index.json" else path for path in inside]
+    if not inside:
+        raise InputError(f"{place}: holds no adapter (.safetensors) and no checkpoint (model_index.json)")
+    return inside
+
+
+def _names(files: list[Path]) -> list[str]:
+    """Stems; with the folder's name before them, or whole paths, where some are alike."""
+    ways = (lambda path: path.name if path.is_dir() else path.stem, lambda path: f"{path.parent.name}/{path.stem}", str)
+    return next(names for way in ways if len(set(names := [way(path) for path in files])) == len(files))
+
+
+def _natural(name: str) -> tuple:
+    """Numbers by value; a name that ends where another has a number comes after it."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return (*((0, int(part), "") if part.isdigit() else (1, 0, part.strip("-_. ")) for part in parts), (2, 0, ""))
+
+
+def _read(path: Path, name: str) -> Adapter:
+    if path.is_dir():
+        parts = [part for part in PARTS if (path / part).is_dir()]
+        return Adapter(name, path, None, True, _joined(identity_of(path, parts)))
+    _, noted = header_of(path)
+    steps = [int(noted[key]) for key in STEPS if noted.get(key, "").isdigit()]
+    return Adapter(name, path, steps[0] if steps else None, False, f"sha256:{sha256_of(path)}")
+
+
+def _joined(identity: dict[str, str]) -> str:
+    return " ".join(f"{part}={digest.removeprefix('sha256:')[:16]}" for part, digest in identity.items())
+
+
+class Tuned:
+    """A base model under one of its adapters, or alone.
+
+    Attributes:
+        pipe: the pipeline as it is now.
+    """
+
+    def __init__(self, base: Model) -> None:
+        self.base, self.pipe = base, base.pipe
+        self._alone = nullcontext
+
+    @contextmanager
+    def using(self, adapter: Adapter | None) -> Iterator[None]:
+        """The model under an adapter, for as long as the block lasts; None for the base.
+
+        Raises:
+            InputError: it does not fit the base.
+        """
+        if adapter is None:
+            yield
+        elif adapter.whole:
+            self.pipe = self._load(adapter)
+            try:
+                yield
+            finally:
+                self.pipe = self.base.pipe
+        else:
+            with wearing(self.pipe, adapter.path):
+                self._alone = lambda: without_adapter(self.pipe)
+                try:
+                    yield
+                finally:
+                    self._alone = nullcontext
+
+    @contextmanager
+    def alone(self) -> Iterator[LocalStableDiffusionPipeline]:
+        """Within :meth:`using`: the base."""
+        with self._alone():
+            yield self.base.pipe
+
+    def _load(self, adapter: Adapter) -> LocalStableDiffusionPipeline:
+        spec = ModelSpec(adapter.name, (str(adapter.path),))
+        pipe = load_pipeline(spec, self.base.dtype, self.base.pipe.device, pictures=True)
+        if pipe.pure_noise(1, 0).shape != self.base.pipe.pure_noise(1, 0).shape:
+            raise InputError(f"{adapter.path}: makes latents of another size than the base; it is no fine-tune of it")
+        return pipe

@@ -1,0 +1,179 @@
+"""What the lines of an audit say: limits, shares of copies with intervals, a verdict a picture, an epoch to keep.
+
+Everything is computed from the lines and the training set, so that it can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from memorization.audit.engine import BASE
+from memorization.audit.measures.base import Measure
+from memorization.audit.training import Training
+from memorization.audit.tries import KINDS
+from memorization.evaluation.intervals import lower_end, share_interval
+from memorization.index.duplicates import NEAR_COPY
+
+CONFIDENCE = 0.95
+VERDICTS = ("copied", "at risk", "not seen to be copied")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A number that decides something, and where it comes from. ``value`` None: nothing to take it from."""
+
+    decides: str
+    value: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """Copies among generated pictures; None where no picture was generated."""
+
+    copies: int
+    pictures: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, copied: np.ndarray) -> Share:
+        """Of booleans, a generated picture each."""
+        if not copied.size:
+            return cls(0, 0, None, None, None)
+        share, low, high = share_interval(int(copied.sum()), copied.size, CONFIDENCE)
+        return cls(int(copied.sum()), copied.size, share, low, high)
+
+
+def copy_limit(measure: Measure, base: np.ndarray, families: np.ndarray, rate: float) -> Limit:
+    """From where on a generated picture counts as a copy: nearer to a training picture than the limit.
+
+    The nearer of two limits, so that neither what the base draws anyway nor what pictures of one concept have in common
+    counts: the base's own pictures, made of the same tries from the same noise, at most a share ``rate`` of which lies
+    beyond; and the training pictures' distances to one another, near-copies left out, likewise.
+
+    Args:
+        base: values of the base's pictures.
+        families: of the training pictures.
+    """
+    sign = 1 if measure.lower_is_nearer else -1
+    values = np.sort(sign * base)
+    of_base = values[int(np.floor(rate * len(values) + 1e-9))]
+    between = np.where(families[:, None] == families, np.inf, sign * measure.apart()).min(1)
+    between = np.sort(between[np.isfinite(between)])
+    of_training = between[int(np.floor(rate * len(between) + 1e-9))] if len(between) else np.inf
+    side = "below" if measure.lower_is_nearer else "above"
+    if of_base <= of_training:
+        beyond = int((values < of_base).sum())
+        source = f"the base's own pictures: {beyond} of {len(values)} lie beyond it (at most {rate:g} of them may)"
+    else:
+        source = (f"the training pictures' distances to one another, near-copies left out: at most {rate:g} of "
+                  f"{len(between)} are nearer (the base alone would give {sign * of_base:.4g})")  # fmt: skip
+    return Limit(f"a copy: {measure.title} {side}", round(float(sign * min(of_base, of_training)), 4), source)
+
+
+def findings(
+    rows: Sequence[Mapping], training: Training, measures: Sequence[Measure], signal: str, rate: float
+) -> dict:
+    """All of an audit's numbers, as ``audit.json`` holds them.
+
+    Args:
+        rows: its lines; those of an epoch that is not complete are left out.
+        measures: the first decides what a copy is.
+        signal: says which pictures are at risk.
+        rate: how much of the base's own pictures may lie beyond the limit.
+    """
+    measure, names = measures[0], list(dict.fromkeys(row["epoch"] for row in rows))
+    size = sum(row["epoch"] == BASE for row in rows)
+    by_epoch = {name: own for name in names if len(own := [row for row in rows if row["epoch"] == name]) == size}
+    base = np.concatenate([row[measure.name] for row in by_epoch[BASE]])
+    limit = copy_limit(measure, base, training.families, rate)
+    near = (lambda v: v < limit.value) if measure.lower_is_nearer else (lambda v: v > limit.value)
+    copied = {name: [near(np.array(row[measure.name])) for row in own] for name, own in by_epoch.items()}
+    epochs = [_epoch(name, own, copied[name]) for name, own in by_epoch.items()]
+    allowed = max(rate, epochs[0]["copies"]["caption"]["share"])
+    pictures = _pictures(by_epoch, copied, training, measure, epochs[0]["copies"]["all"]["share"])
+    risk = _mark_risk(pictures, by_epoch, signal, training)
+    below = [one["name"] for one in epochs[1:] if one["copies"]["caption"]["share"] <= allowed]
+    limits = [
+        limit,
+        Limit("an epoch's share of copies among pictures of the captions: at most", allowed,
+              "what the base's own pictures may reach (--fpr), or do reach"),
+        risk,
+        Limit("near-copies in the training folder: l2 at 64 x 64 below", NEAR_COPY, "the project's setting, by eye"),
+    ]  # fmt: skip
+    return {
+        "measure": measure.name, "signal": signal, "limits": [asdict(one) for one in limits], "epochs": epochs,
+        "recommended": below[-1] if below else None, "pictures": pictures,
+    }  # fmt: skip
+
+
+def _epoch(name: str, rows: Sequence[Mapping], copied: Sequence[np.ndarray]) -> dict:
+    """Copies by kind of try, and text alignment, of an epoch."""
+    kinds = np.array([row["kind"] for row in rows])
+    flags = np.array(copied)
+    aligned = [value for row in rows if row["kind"] == "caption" for value in row.get("alignment", [])]
+    return {
+        "name": name,
+        "copies": {"all": asdict(Share.of(flags)),
+                   **{kind: asdict(Share.of(flags[kinds == kind])) for kind in KINDS if (kinds == kind).any()}},
+        "alignment": round(float(np.mean(aligned)), 4) if aligned else None,
+    }  # fmt: skip
+
+
+def _pictures(
+    by_epoch: Mapping[str, Sequence[Mapping]], copied: Mapping[str, Sequence[np.ndarray]], training: Training,
+    measure: Measure, floor: float,
+) -> list[dict]:  # fmt: skip
+    """Of each training picture, by epoch, what was seen of it; and the verdict, as far as copies alone decide it.
+
+    Copied: of the pictures of its own tries so many are copies of it that the lower end of their share lies above the
+    base's own share of copies, ``floor``; or a picture of another's try is, in addition, a copy of it.
+    """
+    found = []
+    for i, name in enumerate(training.names):
+        family = np.flatnonzero(training.families == training.families[i])
+        of_epoch = {}
+        for epoch, rows in by_epoch.items():
+            if epoch == BASE:
+                continue
+            own = [row["training"] == name for row in rows]
+            hits = [flags & np.isin(row[f"{measure.name}_nearest"], family)
+                    for row, flags in zip(rows, copied[epoch], strict=True)]  # fmt: skip
+            mine = np.concatenate([hit for hit, is_own in zip(hits, own, strict=True) if is_own])
+            others = int(sum(hit.sum() for hit, is_own in zip(hits, own, strict=True) if not is_own))
+            seen = [(hit.sum(), row["id"]) for hit, row in zip(hits, rows, strict=True) if hit[row["shown"]]]
+            enough = lower_end(int(mine.sum()), len(mine), CONFIDENCE) > floor
+            of_epoch[epoch] = {
+                "copies": int(mine.sum()), "pictures": len(mine), "from_others": others,
+                "verdict": VERDICTS[0] if enough else VERDICTS[1] if mine.any() or others else VERDICTS[2],
+                "shown": max(seen)[1] if seen else None,
+            }  # fmt: skip
+        first = next((epoch for epoch, one in of_epoch.items() if one["verdict"] == VERDICTS[0]), None)
+        found.append({"training": name, "caption": training.captions[i], "family": int(training.families[i]),
+                      "copied_from": first, "epochs": of_epoch})  # fmt: skip
+    return found
+
+
+def _mark_risk(
+    pictures: list[dict], by_epoch: Mapping[str, Sequence[Mapping]], signal: str, training: Training
+) -> Limit:  # fmt: skip
+    """Call those at risk whose signal is as high as that of pictures seen to be copied; says from where on."""
+    for epoch, rows in by_epoch.items():
+        values = {row["training"]: float(np.mean(row[signal])) for row in rows if signal in row}
+        for picture in pictures if epoch != BASE else ():
+            picture["epochs"][epoch][signal] = float(f"{values[picture['training']]:.6g}")
+    entries = [one for picture in pictures for one in picture["epochs"].values()]
+    seen = [one[signal] for one in entries if one["verdict"] == VERDICTS[0]]
+    title = f"a picture at risk: {signal} of at least"
+    if not seen:
+        return Limit(title, None, "no picture was seen to be copied, so there is nothing to take a limit from")
+    limit = float(f"{np.median(seen):.6g}")
+    for one in entries:
+        if one["verdict"] == VERDICTS[2] and one[signal] >= limit:
+            one["verdict"] = VERDICTS[1]
+    return Limit(title, limit, f"the median of the {len(seen)} pictures and epochs that were seen to be copied")

@@ -1,0 +1,1 @@
+"""Prediction signals of an audit: what tells copying without generating. One file each."""

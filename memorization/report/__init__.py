@@ -1,0 +1,1 @@
+"""What a run found, for others: a page, a section of a model card, and a gate."""
