@@ -12,6 +12,7 @@ COMMANDS = {
     "detect": "score prompts, or pictures, for memorization",
     "eval": "tables, intervals, pictures and calibrations of scored runs",
     "mitigate": "make memorized prompts safe",
+    "calibrate": "thresholds for the guard of a pipeline, from ordinary prompts alone",
     "index": "build and search a local index of training pictures",
     "study": "the studies behind the project's tables",
     "prompts": "fetch the prompt lists that the field has published",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
 FPR_TARGETS = (0.01, 0.03)
@@ -139,6 +140,17 @@ def threshold_at(labels: np.ndarray, scores: np.ndarray, target: float) -> tuple
     higher = scores[scores > below]
     threshold = float((below + higher.min()) / 2) if len(higher) else float(np.nextafter(below, np.inf))
     return threshold, float((negatives >= threshold).mean())
+
+
+def rate_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a rate of which ``count`` of ``total`` independent cases speak (Clopper and Pearson, 1934).
+
+    Of a threshold between the ``count``-th and the next score of ordinary cases it holds for the rate of new ones too,
+    whatever their distribution.
+    """
+    low = beta.ppf(0.025, count, total - count + 1) if count else 0.0
+    high = beta.ppf(0.975, count + 1, total - count) if count < total else 1.0
+    return float(low), float(high)
 
 
 def noise_mean(values: Sequence[float], noises: int | None = None) -> float:
