@@ -198,8 +198,11 @@ def test_warn_draws_and_says_so(pipe):
         assert all(same(draw(pipe), plain))
 
 
-def test_reseed_is_drawing_from_that_noise(pipe):
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_reseed_is_drawing_from_that_noise(scheduler):
     """The picture is the one that the pipeline makes of the chosen noise."""
+    pipe = load_tiny("tiny-eps", pictures=True)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     options = {"prompt": "red kite", "num_images_per_prompt": 1}
     (score,) = scores_of(pipe, **options)
     with protect(pipe, score, action="reseed", tries=20, generator=torch.Generator().manual_seed(4)) as guard:

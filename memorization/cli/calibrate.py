@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memorization.errors import InputError, printable
+from memorization.errors import printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.settings import Count
 
@@ -39,29 +39,13 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def ordinary(path: Path) -> list[str]:
-    """The prompts of a list that are not memorized.
-
-    Raises:
-        InputError: there is none.
-    """
-    from memorization.io.prompts import read_prompts
-
-    frame = read_prompts(path)
-    if "label" in frame:
-        frame = frame[frame["label"] == 0]
-    if "split" in frame:
-        frame = frame[frame["split"] == "validation"]
-    if frame.empty:
-        raise InputError(f"{path}: holds no prompt with label 0 (of the validation half, where it has halves)")
-    return frame["prompt"].tolist()
-
-
 def main(arguments: Arguments = None) -> None:
     """Parse, calibrate, print."""
     args = parse(arguments)
-    prompts = ordinary(args.prompts)
     # Imports that take seconds come after the arguments are known to be good.
+    from memorization.io.prompts import ordinary
+
+    prompts, families = ordinary(args.prompts)
     import torch
 
     from memorization.guard.calibrating import calibrate
@@ -72,8 +56,8 @@ def main(arguments: Arguments = None) -> None:
         with_scheduler(model.pipe, args.scheduler)
     scale = model.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
     found = calibrate(
-        model.pipe, prompts, fpr=args.fpr, steps=args.read, generator=torch.Generator().manual_seed(args.seed),
-        batch_size=args.batch_size, num_inference_steps=args.steps, guidance_scale=scale,
+        model.pipe, prompts, families=families, fpr=args.fpr, steps=args.read,
+        generator=torch.Generator().manual_seed(args.seed), batch_size=args.batch_size, num_inference_steps=args.steps, guidance_scale=scale,
     )  # fmt: skip
     found.save(args.out)
     threshold = found.at(args.fpr)

@@ -46,6 +46,7 @@ def calibrate(
     pipe: Any,
     prompts: Sequence[str],
     *,
+    families: Sequence[str] | None = None,
     fpr: float = 0.01,
     steps: int = 1,
     generator: torch.Generator | None = None,
@@ -54,10 +55,11 @@ def calibrate(
 ) -> Thresholds:
     """Thresholds of a pipeline, from prompts that are not memorized, one noise each.
 
-    Near-copies among the prompts are left out: the interval of the rate of false alarms (Clopper and Pearson) is of
+    Of near-copies among the prompts one is taken: the interval of the rate of false alarms (Clopper and Pearson) is of
     prompts that have nothing to do with one another.
 
     Args:
+        families: of the prompts; near-copies share one. None to find them by their words.
         fpr: share of ordinary pictures that may be flagged.
         steps: whose scores are averaged.
         generator: of the noise; default: one of seed 51, on the CPU.
@@ -67,7 +69,7 @@ def calibrate(
     Raises:
         InputError: too few prompts for the rate, a score is not finite, or the pipeline is of no known family.
     """
-    families = near_copy_families(list(prompts))
+    families = near_copy_families(list(prompts)) if families is None else families
     chosen = list({family: prompt for prompt, family in zip(prompts, families, strict=True)}.values())
     generator = generator or torch.Generator().manual_seed(51)
     reader, scores = _Reader(pipe, steps), []

@@ -10,6 +10,7 @@ STUDIES = {
     "benchmark_audit": "can a list of prompts tell detectors apart?",
     "fusion": "which two features of one trace separate best together",
     "gaussian_mixture": "the p-Laplace operator on a mixture of Gaussians",
+    "guard": "the guard of a pipeline: copies that are still handed out, harm, cost",
     "mitigation_tradeoff": "every mitigation at five strengths",
     "p_laplace_sweep": "p-Laplace detection against p, noise level and number of points",
     "sequential": "noises where they are needed",
