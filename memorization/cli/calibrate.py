@@ -57,7 +57,8 @@ def main(arguments: Arguments = None) -> None:
     scale = model.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
     found = calibrate(
         model.pipe, prompts, families=families, fpr=args.fpr, steps=args.read,
-        generator=torch.Generator().manual_seed(args.seed), batch_size=args.batch_size, num_inference_steps=args.steps, guidance_scale=scale,
+        generator=torch.Generator().manual_seed(args.seed), batch_size=args.batch_size,
+        num_inference_steps=args.steps, guidance_scale=scale,
     )  # fmt: skip
     found.save(args.out)
     threshold = found.at(args.fpr)
