@@ -233,8 +233,9 @@ def test_actions_follow_one_another(pipe):
 
 
 def test_refuse_says_which_and_why(pipe):
-    with protect(pipe, between(scores_of(pipe)), action="refuse"), pytest.raises(Refused) as refused:
+    with protect(pipe, between(scores_of(pipe)), action="refuse") as guard, pytest.raises(Refused) as refused:
         draw(pipe)
+    assert [verdict.action for verdict in guard.verdicts].count("refuse") == 2
     assert len(refused.value.verdicts) == 2 and "given by the caller" in str(refused.value)
     draw(pipe)  # the next call is a new generation
 

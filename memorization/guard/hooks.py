@@ -196,13 +196,13 @@ class Guard(Watch):
         if self.holds_for:
             check(self.holds_for, self.conditions(generation, call), self.where)
         output = generation.decide(self.plan, call, output)
-        self._speak([verdict for verdict in generation.verdicts if verdict.action in ("warn", "refuse")])
+        self._speak(generation, [verdict for verdict in generation.verdicts if verdict.action in ("warn", "refuse")])
         return output
 
-    def _speak(self, verdicts: Sequence[Verdict]) -> None:
+    def _speak(self, generation: Generation, verdicts: Sequence[Verdict]) -> None:
         """Warn of pictures, or refuse all of the batch."""
         if refused := [verdict for verdict in verdicts if verdict.action == "refuse"]:
-            self.generation.index = len(self.scheduler.timesteps)  # nothing more is drawn of it
+            generation.index = len(self.scheduler.timesteps)  # nothing more is drawn of it
             raise Refused(refused)
         for verdict in verdicts:
             warnings.warn(str(verdict), GuardWarning, stacklevel=2)
@@ -230,7 +230,7 @@ class Guard(Watch):
                 if self.on_copy == "blank":
                     generation.blank.add(verdict.row)
         copied = [verdict for verdict in generation.verdicts if verdict.near and verdict.near.is_copy]
-        self._speak([verdict for verdict in copied if verdict.action in ("warn", "refuse")])
+        self._speak(generation, [verdict for verdict in copied if verdict.action in ("warn", "refuse")])
 
 
 COPIED = "found to be a copy when it was drawn"

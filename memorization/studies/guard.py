@@ -171,7 +171,8 @@ def table_of(lines: pd.DataFrame, limits: dict[str, float], resamples: int) -> p
     """
     measure = next(name for name in limits if name in lines)
     found = []
-    for (name, kind), own in lines.groupby(["row", "kind"], sort=False):
+    for name, kind in dict.fromkeys(zip(lines["row"], lines["kind"], strict=True)):
+        own = lines[(lines["row"] == name) & (lines["kind"] == kind)]
         if name.startswith(ATTACK) and kind != "memorized":
             continue
         values, flagged = np.array(own[measure].tolist()), _shares(own, "flagged", False)
