@@ -19,6 +19,8 @@ from memorization.guard.families.base import discrete_scale
 from memorization.guard.post_guidance import UNTIL, PostGuidance, pull
 from memorization.guard.thresholds import Thresholds
 from memorization.index.build import build_index
+from memorization.io.pictures import to_tensor
+from memorization.similarity.nl2 import normalized_l2
 from memorization.studies.guard import parse, table_of
 
 ROOT = GOLDEN.parent.parent
@@ -57,6 +59,9 @@ def test_a_copy_is_found_when_it_is_drawn(pipe, index, kind):
         found = draw(pipe, output_type=kind)
     first, second = guard.verdicts
     assert first.near.measure == second.near.measure == "nl2"
+    drawn = to_tensor((draw(pipe) * 255).round().astype(np.uint8))
+    nearest = normalized_l2(drawn, index.vectors(slice(None))).amin(1)
+    assert first.near.value == pytest.approx(nearest[0].item(), rel=1e-2)
     assert second.near.value == pytest.approx(0, abs=0.02) and Path(second.near.path).name == "drawn.png"
     assert (first.near.is_copy, second.near.is_copy, first.action, second.action) == (False, True, "none", "blank")
     assert np.array_equal(found[0], plain[0]) and not np.array_equal(found[1], plain[1])
@@ -217,7 +222,7 @@ def test_the_table_counts_copies_that_are_handed_out():
         line("none", "memorized", [1.0, 1.0]), line("none", "ordinary", [3.0, 3.0]),
         line("blank 0.1", "memorized", [1.0, 1.0], flagged=[True, False], delivered=[False, True]),
         line("blank 0.1", "ordinary", [3.0, 3.0], flagged=[False, False], delivered=[True, True]),
-        line("attack 0.1", "memorized", [1.0, 3.0], flagged=[False, True], delivered=[True, True]),
+        line("attack 0.1", "memorized", [1.0, 1.0], flagged=[False, True], delivered=[True, True]),
         line("attack 0.1", "ordinary", [3.0, 3.0], flagged=[False, True], delivered=[True, True]),
     ])  # fmt: skip
     table = table_of(lines, {"nl2": 1.4}, 100).set_index(["row", "kind"])
