@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memorization.api import Result, evaluate, load, mitigate, score
     from memorization.detectors.base import DETECTORS
     from memorization.errors import InputError
+    from memorization.guard.hooks import protect
     from memorization.mitigations.base import MITIGATIONS
 
     register_detector, register_mitigation = DETECTORS.register, MITIGATIONS.register
@@ -29,6 +30,7 @@ _PUBLIC = {  # name -> (module, attribute)
     "score": ("memorization.api", "score"),
     "evaluate": ("memorization.api", "evaluate"),
     "mitigate": ("memorization.api", "mitigate"),
+    "protect": ("memorization.guard.hooks", "protect"),
     "Result": ("memorization.api", "Result"),
     "register_detector": ("memorization.detectors.base", "DETECTORS.register"),
     "register_mitigation": ("memorization.mitigations.base", "MITIGATIONS.register"),
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate",
     "load",
     "mitigate",
+    "protect",
     "register_detector",
     "register_mitigation",
     "score",

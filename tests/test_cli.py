@@ -146,7 +146,7 @@ def test_names_of_files_are_fit_for_every_system():
 
 
 def test_the_document_names_the_files_that_call_the_unet():
-    calls = re.compile(r"\bunet\((?!self)")
+    calls = re.compile(r"\b(unet|self\.denoiser)\((?!self)")
     files = [ROOT / "local_sd_pipeline.py", *(ROOT / "memorization").rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if calls.search(path.read_text())}
     paragraph = (ROOT / "docs" / "architecture.md").read_text().split("**The UNet is called**")[1].split("\n\n")[0]

@@ -184,6 +184,7 @@ def test_the_sheet_has_a_strip_a_whole_row(tmp_path, monkeypatch):
 
 def test_committed_tables_follow_from_their_lines():
     runs = [path for path in (ROOT / "results").glob("**/run.json") if "copy_limits" in read_json(path)]
+    runs = [path for path in runs if "guard" not in path.parts]  # a table of its own
     assert runs
     for path in runs:
         committed, made = pd.read_csv(path.parent / "table.csv"), table_of_run(path.parent)

@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "one page of a run, to hand on, or a section of a model card",
     "gate": "may this be shipped? exit status 0 or 3",
     "adapter": "change a finished adapter, without data",
+    "calibrate": "thresholds for the guard of a pipeline, from ordinary prompts alone",
     "index": "build and search a local index of training pictures",
     "study": "the studies behind the project's tables",
     "prompts": "fetch the prompt lists that the field has published",

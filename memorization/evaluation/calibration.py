@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, Bands
 from memorization.io.files import read_file
 from memorization.settings import Count, Steps, make
+
+LEVELS = (0.25, 0.5, 0.75, 0.9, 0.99)  # shares of the prompts that are not memorized; mitigations aim at them
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ class Calibration:
         for key, known, value in pairs:
             if known != value:
                 raise InputError(f"{self.path} is for {key} = {known}, not {value}")
+
+
+def levels_of(scores: np.ndarray) -> dict[float, float]:
+    """Share of the prompts that are not memorized -> the score below which it lies, from their ``scores (n,)``."""
+    return {share: float(f"{np.quantile(scores, share):.5g}") for share in LEVELS}
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -21,6 +21,10 @@ def lower_end(hits: int, trials: int, confidence: float = 0.95) -> float:
 
 
 def share_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(share, low, high), two-sided; ``trials`` of at least 1."""
+    """(share, low, high), two-sided; ``trials`` of at least 1.
+
+    Of a threshold between the ``hits``-th and the next score of ordinary cases it holds for the rate of new ones too,
+    whatever their distribution.
+    """
     each = (1 + confidence) / 2
     return hits / trials, lower_end(hits, trials, each), upper_end(hits, trials, each)

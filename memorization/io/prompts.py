@@ -79,6 +79,24 @@ def read_prompts(path: str | Path, extra: Sequence[str] = ()) -> pd.DataFrame:
     return frame
 
 
+def ordinary(path: Path) -> tuple[list[str], list[str] | None]:
+    """The prompts of a list that are not memorized, of the validation half where it has halves, and their families.
+
+    Families are None where the list does not name them.
+
+    Raises:
+        InputError: there is none.
+    """
+    frame = read_prompts(path)
+    if "label" in frame:
+        frame = frame[frame["label"] == 0]
+    if "split" in frame:
+        frame = frame[frame["split"] == "validation"]
+    if frame.empty:
+        raise InputError(f"{path}: holds no prompt with label 0 (of the validation half, where it has halves)")
+    return frame["prompt"].tolist(), frame["family"].tolist() if "family" in frame else None
+
+
 def read_pair(memorized: str | Path, non_memorized: str | Path) -> pd.DataFrame:
     """A labelled list from two: every prompt of the first gets label 1, of the second 0; keeps the columns of both."""
     parts = [read_prompts(memorized).assign(label=1), read_prompts(non_memorized).assign(label=0)]

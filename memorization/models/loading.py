@@ -159,6 +159,18 @@ def load_scheduler(folder: Path, index: dict) -> Any:
     return scheduler
 
 
+def with_scheduler(pipe: LocalStableDiffusionPipeline, name: str) -> None:
+    """Give a pipeline another scheduler of diffusers, with the settings of its own.
+
+    Raises:
+        InputError: there is none of that name that the pipeline can take.
+    """
+    known = [cls.__name__ for cls in pipe.scheduler.compatibles]
+    if name not in known:
+        raise InputError(f"--scheduler {name}: is not one of {', '.join(sorted(known))}")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+
 def load_autoencoder(identifier: str) -> tuple[AutoencoderKL, Path]:
     """The autoencoder of a Stable Diffusion checkpoint, float32, its weights frozen, and the checkpoint's folder.
 

@@ -9,10 +9,9 @@ import numpy as np
 from memorization.detectors.base import DETECTORS
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, fit_bands
+from memorization.evaluation.calibration import levels_of
 from memorization.evaluation.metrics import fit_weights, threshold_at
 from memorization.evaluation.runs import Run
-
-LEVELS = (0.25, 0.5, 0.75, 0.9, 0.99)  # shares of the prompts that are not memorized; mitigations aim at them
 
 
 def calibrate(run: Run, target: float) -> dict:
@@ -44,7 +43,7 @@ def calibrate(run: Run, target: float) -> dict:
         threshold, realised = threshold_at(labels, scores.mean(1), target)
         if run.noises == ROUNDS[-1] and (scores.mean(1) >= threshold).any():
             entry["bands"] = {n: list(band) for n, band in fit_bands(scores, threshold).items()}
-        levels = {share: float(f"{np.quantile(scores.mean(1)[labels == 0], share):.5g}") for share in LEVELS}
+        levels = levels_of(scores.mean(1)[labels == 0])
         detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised, "levels": levels}
     return {
         "model": run.settings["model"], "run": Path(run.name).name, "num_images": run.noises,

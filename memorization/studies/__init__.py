@@ -11,6 +11,7 @@ STUDIES = {
     "fusion": "which two features of one trace separate best together",
     "gaussian_mixture": "the p-Laplace operator on a mixture of Gaussians",
     "localise": "where in the picture, against known masks",
+    "guard": "the guard of a pipeline: copies that are still handed out, harm, cost",
     "mitigation_tradeoff": "every mitigation at five strengths",
     "p_laplace_sweep": "p-Laplace detection against p, noise level and number of points",
     "sequential": "noises where they are needed",

@@ -1,0 +1,1 @@
+"""What the guard has to know of a family of pipelines, one file a family."""

@@ -1,0 +1,80 @@
+"""Tiny pipelines of other families, with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from conftest import GOLDEN
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WIDTH = 16
+
+
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(GOLDEN / "tiny-eps" / "tokenizer")
+
+
+def text_encoder(cls, words: int):
+    config = CLIPTextConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_attention_heads=2, num_hidden_layers=2, vocab_size=words,
+        projection_dim=WIDTH, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return cls(config).eval()
+
+
+def autoencoder(**options) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4, latent_channels=4, **options,
+    ).eval()  # fmt: skip
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, norm_num_groups=4,
+        cross_attention_dim=2 * WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+    ).eval()  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=text_encoder(CLIPTextModel, len(words)),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, len(words)), tokenizer=words, tokenizer_2=words,
+        unet=unet, scheduler=scheduler, add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+    ).eval()  # fmt: skip
+    for block in transformer.transformer_blocks:  # at first these let nothing of the prompt through
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.5)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1), text_encoder=text_encoder(CLIPTextModelWithProjection, len(words)),
+        tokenizer=words, text_encoder_2=text_encoder(CLIPTextModelWithProjection, len(words)), tokenizer_2=words,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
