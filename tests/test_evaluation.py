@@ -254,5 +254,13 @@ def test_by_a_column_measures_its_positives_against_all_negatives():
              for part in metrics["by"]["parts"]}  # fmt: skip
     assert found == {"a": (2, 1.0), "b": (2, 0.0)}
     assert by_table(metrics)[["kind", "memorized"]].drop_duplicates().values.tolist() == [["a", 2], ["b", 2]]
-    with pytest.raises(InputError, match="no column 'sort'; they have: kind, label"):
-        evaluate(kinds_run(), resamples=20, by="sort")
+    for column in ("sort", "norm"):  # a score is no column to go by
+        with pytest.raises(InputError, match=f"no column '{column}'; they have: kind, label"):
+            evaluate(kinds_run(), resamples=20, by=column)
+
+
+def test_empty_cells_are_no_part():
+    parts = list(ev.parts_by([1.0, float("nan"), 2.0, None, 3.0], np.array([1, 1, 1, 1, 0])))
+    assert [value for value, _ in parts] == [1.0, 2.0] and parts[1][1].tolist() == [False, False, True, False, True]
+    with pytest.raises(ValueError, match="both classes"):
+        ev.family_weights(np.array(["a", "b"]), np.array([0, 0]), 5)

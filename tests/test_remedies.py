@@ -45,7 +45,6 @@ def test_a_penalty_steers_but_does_not_decide():
 
 
 def test_the_penalty_keeps_the_embedding_near(pipe):
-    """It is weight |target| |e - e0|^2 / |e0|^2, by a step against finite differences."""
     case = case_of(pipe)
     target = 0.9 * case.levels["noise_norm"][0.5]
     near, far = (NoiseNorm(target=target, lr=0.02, iterations=60, penalty=w)(case) for w in (300.0, 0.0))
@@ -66,6 +65,15 @@ def test_several_noises_are_those_of_the_seed(pipe, monkeypatch):
 
 
 # ---------------------------------------------------------------- re-anchoring
+def test_a_prompt_whose_embedding_stayed_is_guided_as_ever(pipe):
+    case = replace(case_of(pipe), guidance_scale=3.0)
+    remedy = Reanchor(target=1e-9, lr=1e-12, iterations=1)(case)
+    assert remedy.iterations[0] > 0 and torch.equal(remedy.embeds, case.embeds)
+    point = next(generate(pipe, case.embeds[:1], pipe.embed([""]), case.noise[:1])).prediction
+    guided = remedy.guide(torch.tensor([0]))(0, point)
+    torch.testing.assert_close(guided, point.uncond + 3.0 * point.guidance)
+
+
 def test_reanchoring_guides_away_from_the_memorized_prompt(pipe):
     case = replace(case_of(pipe), guidance_scale=3.0)
     target = 0.97 * case.score("noise_norm", case.embeds)[0].item()
@@ -191,3 +199,22 @@ def test_ordinary_prompts_of_nemo_may_be_given(pipe, tmp_path):
     assert given._ordinary(case) == ["a boat", "a clock", "the harbour at night"]
     assert len(drawn._ordinary(case)) == 256 and drawn._ordinary(case) == drawn._ordinary(case)
     assert given.record()["reference"].startswith("sha256:") and drawn.record()["reference"] is None
+
+
+def test_nemo_asks_which_neurons_lie_far_from_ordinary_prompts(pipe, tmp_path, monkeypatch):
+    import memorization.mitigations.nemo as module
+
+    listed = tmp_path / "list.csv"
+    listed.write_text("prompt,label,split\na boat,0,validation\na clock,0,validation\na copy,1,validation\nx,0,test\n")
+    seen = []
+    monkeypatch.setattr(module, "select", lambda score, own, excited, *rest: seen.append((own, excited)) or select(
+        score, own, excited, *rest))  # fmt: skip
+    case = case_of(pipe)
+    NeMo(target=-1.0, reference=listed)(case)
+    usual = activations(value_layers(pipe.unet), pipe.embed(["a boat", "a clock"])).numpy()
+    own, excited = (values.numpy() for values in seen[0])
+    expected = np.abs(own - usual.mean(0)) / np.maximum(usual.std(0, ddof=1), 1e-12)
+    np.testing.assert_allclose(excited, expected, rtol=1e-3)
+    listed.write_text("prompt\na boat\n")
+    with pytest.raises(InputError, match="two ordinary prompts"):
+        NeMo(target=-1.0, reference=listed)(case)

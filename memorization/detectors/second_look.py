@@ -14,6 +14,7 @@ and both at y. The sign of the angle is a property of the model, so b is 0 until
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +28,11 @@ from memorization.settings import NotNegative, Seed, Timestep
 if TYPE_CHECKING:
     from local_sd_pipeline import NoisePrediction
     from memorization.models.predictor import Predictor
+
+
+def second_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """z, ``shape``, from a stream that no run's seed gives: it must not be one of the x_T."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2**63 + seed))
 
 
 @DETECTORS.register
@@ -59,7 +65,7 @@ class SecondLook(GradientDetector):
         (first,) = trace
         alpha, sigma = predict.noise_scales(self.timestep)
         clean = (first.latents - first.sigma * (first.uncond + self.guidance * first.guidance)) / first.alpha
-        z = torch.randn(first.latents.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(clean.device)
+        z = second_noise(first.latents.shape[1:], self.seed).to(clean.device)
         latents = alpha * clean + sigma * z
         uncond, cond = (predict(latents, self.timestep, cond=half) for half in (False, True))
         found = features(first._replace(timestep=self.timestep, latents=latents, uncond=uncond, cond=cond))

@@ -61,6 +61,8 @@ def family_weights(families: np.ndarray, labels: np.ndarray | None, resamples: i
     Args:
         labels: of both classes; a resample without both is drawn again. None where classes do not matter.
     """
+    if labels is not None and len(np.unique(labels)) < 2:
+        raise ValueError("rows of both classes are needed")
     rng = np.random.default_rng(seed)
     _, member = np.unique(families, return_inverse=True)
     count = member.max() + 1
@@ -130,9 +132,13 @@ def fit_weights(labels: np.ndarray, terms: np.ndarray) -> np.ndarray:
 
 
 def parts_by(values: Sequence, labels: np.ndarray) -> Iterator[tuple[object, np.ndarray]]:
-    """Each of ``values (rows,)`` that a memorized row has, with the rows compared for it: its own, and all label 0."""
+    """Each of ``values (rows,)`` that a memorized row has, with the rows compared for it: its own, and all label 0.
+
+    Empty cells are no value.
+    """
     column = np.array(values, dtype=object)
-    for value in sorted(set(column[labels == 1]), key=lambda value: (isinstance(value, str), value)):
+    known = {value for value in column[labels == 1] if value is not None and value == value}
+    for value in sorted(known, key=lambda value: (isinstance(value, str), value)):
         yield value, (labels == 0) | (column == value)
 
 

@@ -43,7 +43,7 @@ def evaluate(
         "costs": _costs(run),
     }  # fmt: skip
     if by:
-        if by not in run.scored:
+        if by not in _columns(run):
             raise InputError(f"{run.name}: its rows have no column {by!r}; they have: {', '.join(_columns(run))}")
         result["by"] = {"column": by, "parts": []}
         for value, kept in parts_by(run.scored[by].tolist(), labels):

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memorization.errors import InputError
 from memorization.io.files import sha256_of
-from memorization.io.prompts import read_prompts
+from memorization.io.prompts import ordinary
 from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.mitigations.words import real_words
@@ -51,7 +52,7 @@ class NeMo(Mitigation):
     Args:
         strength: the level of ``noise_norm`` to reach.
         target: the norm to reach, instead.
-        reference: a list of ordinary prompts.
+        reference: a list of ordinary prompts; of a labelled one those with label 0, of its validation half.
     """
 
     strength: Positive = 0.5
@@ -69,8 +70,8 @@ class NeMo(Mitigation):
     def __call__(self, case: Case) -> Remedy:
         bound, layers = self.bound(case.levels), value_layers(case.pipe.unet)
         widths = [layer.out_features for layer in layers]
-        ordinary = activations(layers, case.pipe.embed(self._ordinary(case)))
-        mean, deviation = ordinary.mean(0), ordinary.std(0).clamp_min(1e-12)
+        usual = activations(layers, case.pipe.embed(self._ordinary(case)))
+        mean, deviation = usual.mean(0), usual.std(0).clamp_min(1e-12)
         kept = torch.ones(len(case.prompts), len(mean), device=mean.device)
         for i, before in enumerate(case.score(self.lowers, case.embeds).tolist()):
             if before > bound:
@@ -87,7 +88,9 @@ class NeMo(Mitigation):
 
     def _ordinary(self, case: Case) -> list[str]:
         if self.reference is not None:
-            return read_prompts(self.reference)["prompt"].tolist()[:REFERENCES]
+            if len(prompts := ordinary(self.reference)[0][:REFERENCES]) < 2:
+                raise InputError(f"{self.reference}: nemo needs two ordinary prompts or more")
+            return prompts
         rng = np.random.default_rng(case.seed)
         words = real_words(case.pipe.tokenizer)
         return [" ".join(rng.choice(words, rng.integers(1, 13))) for _ in range(REFERENCES)]

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from local_sd_pipeline import NoisePrediction
@@ -38,7 +37,7 @@ class Reanchor(EmbeddingDescent):
 
     def __call__(self, case: Case) -> Remedy:
         remedy = super().__call__(case)
-        moved = torch.tensor([steps > 0 for steps in remedy.iterations], device=case.embeds.device)
+        moved = (remedy.embeds != case.embeds).flatten(1).any(1)
         return replace(remedy, guide=lambda rows: self._guide(case, rows, moved[rows // len(case.noise)]))
 
     def _guide(self, case: Case, rows: Tensor, moved: Tensor) -> Guide:
