@@ -1,5 +1,7 @@
 """The guard: what it reads, what it changes, and that it changes nothing else."""
 
+import copy
+
 import numpy as np
 import pytest
 import tiny_families
@@ -294,15 +296,32 @@ def test_what_cannot_be_asked_for_is_said_in_one_line(pipe):
 
 def test_a_scheduler_that_was_replaced_is_refused(pipe):
     own = pipe.scheduler
+    for drawn_before in (False, True):
+        with protect(pipe, NEVER):
+            if drawn_before:
+                draw(pipe)
+            pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
+            try:
+                with pytest.raises(InputError, match="scheduler or denoiser was replaced"):
+                    draw(pipe)
+            finally:
+                pipe.scheduler = own
+
+
+def test_a_denoiser_that_was_replaced_is_refused(pipe):
+    own = pipe.unet
     with protect(pipe, NEVER):
-        draw(pipe)
-        pipe.scheduler.set_timesteps(3)
-        pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
+        pipe.unet = copy.deepcopy(own)
         try:
-            with pytest.raises(InputError, match="scheduler was replaced"):
+            with pytest.raises(InputError, match="scheduler or denoiser was replaced"):
                 draw(pipe)
         finally:
-            pipe.scheduler = own
+            pipe.unet = own
+
+
+def test_a_generation_of_fewer_steps_than_are_read_is_refused(pipe):
+    with protect(pipe, NEVER, steps=5), pytest.raises(InputError, match="reads 5 steps, and the generation has 3"):
+        pipe("a boat", num_inference_steps=3)
 
 
 def test_a_verdict_is_safe_where_the_picture_that_is_handed_out_is():

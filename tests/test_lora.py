@@ -13,6 +13,7 @@ from faults import refused
 from safetensors.torch import load_file, save_file
 
 from memorization import cli
+from memorization.errors import InputError
 from memorization.models.lora import Layer, aligned, base_weight, read_layers, save_layers, scaled, wearing
 from testbed.fit import SAVE_EVERY
 from testbed.lora import Recipe, repeated, train
@@ -111,6 +112,7 @@ def test_bad_changes_are_one_line(file, tmp_path):
     refused(lambda: cli.dispatch(["adapter", str(file), "--out", out]), "give --scale or --keep")
     refused(lambda: cli.dispatch(["adapter", str(file), "--keep", "0.5", "--out", out]), "go together")
     refused(lambda: cli.dispatch(["adapter", str(file), "--scale", "1", "--out", "x.bin"]), "only safetensors")
+    refused(lambda: cli.dispatch(["adapter", str(file), "--scale", "1", "--out", str(file)]), "exists already")
     save_layers({"unet.nowhere": Layer(torch.ones(1, 4), torch.ones(4, 1))}, tmp_path / "odd.safetensors")
     odd = str(tmp_path / "odd.safetensors")
     refused(lambda: cli.dispatch(["adapter", odd, "--keep", "1", "--base", TINY, "--out", out]), "no layer")
@@ -159,3 +161,12 @@ def test_a_whole_fine_tune_is_a_checkpoint(file, tmp_path):
     cli.dispatch(["audit", *audited.FLAGS, "--paraphrases", "0", "--adapter", str(tmp_path / "out" / "epochs"),
                   "--training", str(tmp_path / "set"), "--out", str(tmp_path / "audit")])  # fmt: skip
     assert [one["name"] for one in audited.numbers(tmp_path / "audit")["epochs"]][1:] == ["set-000001", "set-000002"]
+
+
+def test_a_dora_is_refused(pipe, file, tmp_path):
+    tensors = load_file(file)
+    first = next(name for name in tensors if "lora_A" in name)
+    magnitudes = {first.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(4)}
+    save_file({**tensors, **magnitudes}, tmp_path / "dora.safetensors")
+    with pytest.raises(InputError, match="a DoRA"), wearing(pipe, tmp_path / "dora.safetensors"):
+        pass

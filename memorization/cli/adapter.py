@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memorization.errors import printable
+from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, value
 from memorization.settings import NotNegative, Share
 
@@ -38,6 +38,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         parser.error("--keep and --base go together")
     if args.out.suffix != ".safetensors":
         parser.error("--out: only safetensors are written")
+    if args.out.exists():
+        raise InputError(f"{args.out} exists already; give --out a new name")
     return args
 
 

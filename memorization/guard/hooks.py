@@ -89,8 +89,18 @@ class Watch:
         finally:
             self._busy = False
 
+    def _check(self) -> None:
+        """See that what is hooked is what the pipeline draws with.
+
+        Raises:
+            InputError: it is not, and nothing would be seen.
+        """
+        if self.pipe.scheduler is not self.scheduler or self.family.denoiser(self.pipe) is not self.denoiser:
+            raise InputError("the pipeline's scheduler or denoiser was replaced: release the guard, protect it anew")
+
     def _encode(self, original: Callable, *args, **kwargs) -> Any:
         if not self._busy:
+            self._check()
             prompt = args[0] if args else kwargs.get("prompt")
             self._prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         return original(*args, **kwargs)
@@ -99,14 +109,17 @@ class Watch:
         if not self._busy:
             self.generation = Generation(self.scheduler, self._prompts)
             self._prompts = ()
-        return original(*args, **kwargs)
+        made = original(*args, **kwargs)
+        if not self._busy and len(self.scheduler.timesteps) < self.steps:
+            raise InputError(
+                f"the guard reads {self.steps} steps, and the generation has {len(self.scheduler.timesteps)}"
+            )
+        return made
 
     def _predicted(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         generation = self.generation
         if self._busy or generation is None or generation.is_over or not generation.awaited:
             return None
-        if self.pipe.scheduler is not self.scheduler:
-            raise InputError("the pipeline's scheduler was replaced: release the guard, and protect it anew")
         generation.awaited = False  # a second call in one step, as of skip-layer guidance, is not the prediction
         first = output[0]
         with self._quietly():

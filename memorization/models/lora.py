@@ -38,7 +38,7 @@ def header_of(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the tensors of an adapter's file, and what its trainer noted; only the header is read.
 
     Raises:
-        InputError: it is no whole file in safetensors, or holds no LoRA.
+        InputError: it is no whole file in safetensors, or holds no plain LoRA.
     """
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: only safetensors are loaded")
@@ -50,6 +50,8 @@ def header_of(path: Path) -> tuple[list[str], dict[str, str]]:
         raise InputError(f"{path}: no whole file in safetensors ({in_short(error)})") from None
     if not any(map(DOWN.fullmatch, names)):
         raise InputError(f"{path}: holds no LoRA; give an adapter, or the folder of a fine-tuned checkpoint")
+    if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
+        raise InputError(f"{path}: a DoRA; only plain LoRAs can be read")  # diffusers would drop its magnitudes
     return names, noted
 
 
@@ -124,8 +126,9 @@ def read_layers(path: Path) -> dict[str, Layer]:
             )
     except Exception as error:
         raise InputError(f"{path}: cannot be read as a LoRA of Stable Diffusion ({in_short(error)})") from None
-    if any(value for key, value in (noted or {}).items() if key.endswith(("alpha_pattern", "rank_pattern"))):
-        raise InputError(f"{path}: its layers have ranks of their own; it can be audited, but not changed")
+    unusual = ("alpha_pattern", "rank_pattern", "use_rslora")
+    if any(value for key, value in (noted or {}).items() if key.endswith(unusual)):
+        raise InputError(f"{path}: its layers have ranks or scales of their own; it can be audited, but not changed")
     scales = {name.removesuffix(".alpha"): alpha for name, alpha in (alphas or {}).items()}
     found = {}
     for name, down in tensors.items():
