@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memorization.detectors.base import DETECTORS, ImageDetector
+from memorization.models.probes import random_signs
 from memorization.settings import Count, Positive, Seed, Timestep
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Flipd(ImageDetector):
         """From clean latents ``(rows, c, h, w)``."""
         alpha, sigma = predict.noise_scales(self.timestep)
         generator = torch.Generator().manual_seed(self.seed)
-        signs = (torch.randint(2, (self.probes, *clean.shape[1:]), generator=generator) * 2.0 - 1).to(clean.device)
+        signs = random_signs((self.probes, *clean.shape[1:]), generator).to(clean.device)
         centre = alpha * clean[:, None]
         eps = predict(centre, self.timestep)
         ahead, behind = (predict(centre + s * self.step * signs, self.timestep) for s in (1, -1))

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memorization.models.probes import random_signs
+
 Score = Callable[[Tensor], Tensor]  # scores of points (centres, points, *shape), row by row in the same shape
 
 
@@ -117,7 +119,7 @@ def hutchinson(
     ``radius`` 0 it is Delta_2 u at the centres. Values are ``(1, centres)``.
     """
     offsets = random_offsets(centres, radius, points, generator)
-    signs = (torch.randint(2, offsets.shape, generator=generator) * 2.0 - 1).to(centres.device)
+    signs = random_signs(offsets.shape, generator).to(centres.device)
     traces = []
     for offset, sign in zip(offsets.split(batch_size), signs.split(batch_size), strict=True):
         with torch.enable_grad():

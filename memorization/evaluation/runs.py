@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class Run:
             raise InputError(f"{name}: the scored rows have one class only; both are needed")
         if "family" not in rows:
             raise InputError(f"{name}: its rows have no column 'family'; each near-copy of a prompt belongs to one")
-        self.names = list(dict.fromkeys(term for d in self.settings["detectors"].values() for term in d["terms"]))
+        self.names = score_names(self.settings)
         self.noises: int = self.settings["num_images"]
         self._check_scores()
 
@@ -95,6 +96,11 @@ class Run:
     def scores(self, rows: pd.DataFrame, name: str, noises: int) -> np.ndarray:
         """Scores of ``rows`` by the mean over the first ``noises``, ``(rows,)``."""
         return np.array([noise_mean(values, noises) for values in rows[name]])
+
+
+def score_names(settings: Mapping) -> list[str]:
+    """Of a run's settings, detectors before their terms."""
+    return list(dict.fromkeys(term for one in settings["detectors"].values() for term in one["terms"]))
 
 
 def _finite(value: object) -> bool:

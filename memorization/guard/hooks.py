@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,13 +28,13 @@ from memorization.guard.remedies import check_mitigation
 from memorization.guard.thresholds import Conditions, Threshold, Thresholds, check, fixed_conditions, read_thresholds
 from memorization.guard.verdict import GuardWarning, Refused, Verdict
 from memorization.index.store import Index
-from memorization.mitigations.base import make_mitigation
+from memorization.mitigations.base import Mitigation, make_mitigation
 from memorization.settings import Count, value_of
 
 MITIGATION = "noise_norm"  # where no other is asked for
 
 
-class Watch:
+class Watch(ABC):
     """Hooks on a pipeline, from when it is made until :meth:`release`.
 
     Args:
@@ -139,9 +140,9 @@ class Watch:
             return self._decide(generation, call, output)
         return generation.remedied(call, output) if generation.applied else output
 
+    @abstractmethod
     def _decide(self, generation: Generation, call: Call, output: Tensor) -> Tensor:
         """What is done once the score is read."""
-        raise NotImplementedError
 
     def conditions(self, generation: Generation, call: Call) -> dict[str, Any]:
         """What of :class:`~memorization.guard.thresholds.Conditions` a generation says."""
@@ -307,10 +308,7 @@ def protect(
     if "mitigate" in actions:
         if not family.mitigable:
             raise InputError(f"mitigate: the mitigations know no {family.name} yet; take another action")
-        levels = _norm_levels(pipe, known) if isinstance(known, Thresholds) else {}
-        method = make_mitigation(mitigation, settings)
-        check_mitigation(method, levels)
-        plan = replace(plan, mitigation=method, levels=levels)
+        plan = _mitigating(plan, make_mitigation(mitigation, settings), pipe, known)
     store = index if isinstance(index, Index) or index is None else Index(Path(index))
     return Guard(pipe, plan, Comparison(store, limit) if store else None, on_copy, conditions, where)
 
@@ -332,6 +330,13 @@ def _threshold_of(known: float | Thresholds, fpr: float | None) -> Threshold:
     if fpr is not None:
         raise InputError("fpr: goes with a file of thresholds, not with a number")
     return Threshold(value_of(float, known, "threshold"), "given by the caller")
+
+
+def _mitigating(plan: Plan, method: Mitigation, pipe: Any, known: float | Thresholds) -> Plan:
+    """The plan with a mitigation, and the levels that its file of thresholds says."""
+    levels = _norm_levels(pipe, known) if isinstance(known, Thresholds) else {}
+    check_mitigation(method, levels)
+    return replace(plan, mitigation=method, levels=levels)
 
 
 def _norm_levels(pipe: Any, known: Thresholds) -> dict[str, dict[float, float]]:

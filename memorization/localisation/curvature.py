@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memorization.localisation.base import MAPS, Map
+from memorization.models.probes import random_signs
 from memorization.settings import Count, Positive, Seed, Timestep
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class Curvature(Map):
     def __call__(self, last: Step, predict: Predictor) -> Tensor:
         alpha, sigma = predict.noise_scales(self.timestep)
         generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(2, (self.probes, *last.after.shape[1:]), generator=generator) * 2.0 - 1
-        signs, h = signs.to(last.after.device), self.step * sigma
+        signs, h = (
+            random_signs((self.probes, *last.after.shape[1:]), generator).to(last.after.device),
+            self.step * sigma,
+        )
         points = alpha * last.after[:, None] + h * torch.cat([signs, -signs])  # (rows, 2 probes, c, h, w)
 
         def diagonal(cond: bool) -> Tensor:

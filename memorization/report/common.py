@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from memorization.evaluation.runs import score_names
+
 
 def made_by(record: Mapping) -> list[tuple[str, str]]:
     """Settings, versions, dates and hashes of a run, as its ``run.json`` has them."""
@@ -30,6 +32,13 @@ def as_text(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {as_text(inner)}" for key, inner in value.items())
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def deciding(record: Mapping) -> tuple[list[str], float | None]:
+    """Names of the scores of a detection run, and what the first of them is flagged from; None without a threshold."""
+    names = score_names(record["settings"])
+    thresholds = (record.get("sessions") or [{}])[-1].get("thresholds", {})
+    return names, thresholds.get(names[0]) if names else None
 
 
 def interval(share: Mapping) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from memorization.evaluation.metrics import noise_mean
 from memorization.io.files import read_lines
-from memorization.report.common import as_text, made_by
+from memorization.report.common import as_text, deciding, made_by
 from memorization.report.page import Page, Shown, Table
 
 EVIDENCE = (
@@ -24,9 +24,8 @@ def fits(folder: Path, record: dict) -> bool:
 def page(folder: Path, record: dict, shown: Shown) -> Page:
     """The report of the run in ``folder``, its prompts from the highest score down."""
     rows, _ = read_lines(folder / "scores.jsonl")
-    names = [term for one in record["settings"]["detectors"].values() for term in one["terms"]]
+    names, threshold = deciding(record)
     first = names[0] if names else None
-    threshold = (record.get("sessions") or [{}])[-1].get("thresholds", {}).get(first)
     ranked = sorted(rows, key=lambda row: -noise_mean(row[first])) if first else rows
     flagged = [first and threshold is not None and noise_mean(row[first]) >= threshold for row in ranked]
     said = [f"{len(rows)} prompts were scored on {record['settings']['model']}."]

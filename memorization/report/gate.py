@@ -14,6 +14,7 @@ from memorization.evaluation.metrics import noise_mean
 from memorization.evaluation.runs import read_run_record
 from memorization.io.families import near_copy_families
 from memorization.io.files import read_json, read_lines
+from memorization.report.common import deciding
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,13 @@ def flagged_families(folder: Path, record: dict) -> tuple[str, int, int]:
 
     Near-copies of a prompt say the same thing over again: a family counts once, and if any of its prompts is flagged.
     """
-    name = next((term for one in record["settings"]["detectors"].values() for term in one["terms"][:1]), None)
-    threshold = record.get("sessions", [{}])[-1].get("thresholds", {}).get(name)
+    names, threshold = deciding(record)
     if threshold is None:
         raise InputError(f"{folder}: scored without a threshold, so nothing is flagged; score again with --calibration")
     rows, _ = read_lines(folder / "scores.jsonl")
     families = families_of(rows)
-    flagged = {family for family, row in zip(families, rows, strict=True) if noise_mean(row[name]) >= threshold}
-    return f"families of prompts are flagged ({name} >= {threshold:.4g})", len(flagged), len(set(families))
+    flagged = {family for family, row in zip(families, rows, strict=True) if noise_mean(row[names[0]]) >= threshold}
+    return f"families of prompts are flagged ({names[0]} >= {threshold:.4g})", len(flagged), len(set(families))
 
 
 def families_of(rows: Sequence[dict]) -> list:

@@ -8,7 +8,6 @@ import numpy as np
 
 from memorization.audit.measures.base import MEASURES, Known
 from memorization.audit.measures.features import Features
-from memorization.similarity.clip import Clip
 
 
 @MEASURES.register
@@ -17,10 +16,6 @@ class ByClip(Features):
 
     name: ClassVar[str] = "clip"
     title: ClassVar[str] = "CLIP features"
-
-    def __init__(self, network: Clip, training: np.ndarray) -> None:
-        self._network = network
-        super().__init__(training, f"{network.name}, {network.revision}")
 
     @classmethod
     def made(cls, known: Known) -> ByClip | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -10,17 +11,21 @@ from memorization.audit.measures.base import Measure
 
 
 class Features(Measure):
-    """Cosine of unit vectors that :meth:`describe` makes of pictures."""
+    """Cosine of unit vectors that :meth:`describe` makes of pictures.
+
+    Args:
+        network: that makes them; its name and revision tell it from others.
+    """
 
     lower_is_nearer: ClassVar[bool] = False
 
-    def __init__(self, training: np.ndarray, revision: str) -> None:
-        self.revision = revision
+    def __init__(self, network: Any, training: np.ndarray) -> None:
+        self._network, self.revision = network, f"{network.name}, {network.revision}"
         self._training = self.describe(training)
 
+    @abstractmethod
     def describe(self, pictures: np.ndarray) -> np.ndarray:
         """Unit vectors ``(n, width)`` of uint8 pictures ``(n, h, w, 3)``."""
-        raise NotImplementedError
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
         return self.describe(pictures) @ self._training.T

@@ -18,10 +18,6 @@ class BySscd(Features):
     name: ClassVar[str] = "sscd"
     title: ClassVar[str] = "SSCD"
 
-    def __init__(self, network: SSCD, training: np.ndarray) -> None:
-        self._network = network
-        super().__init__(training, f"{network.name}, {network.revision}")
-
     @classmethod
     def made(cls, known: Known) -> BySscd | None:
         return cls(SSCD(known.sscd), known.pictures) if find_weights() else None
