@@ -31,6 +31,15 @@ def tiny_v():
     return load_tiny("tiny-v")
 
 
+@pytest.fixture(scope="session")
+def audited_place(tmp_path_factory):
+    """A folder with ``lora/``, ``set/``, an audit of both in ``out/``, and in ``killed/`` what lay there when it
+    was half done; nobody changes them."""
+    import audited
+
+    return audited.save_audit(tmp_path_factory.mktemp("audit"))
+
+
 @pytest.fixture
 def prompt_file(tmp_path):
     """A labelled list in JSON Lines."""

@@ -1,44 +1,40 @@
 """The audit of a fine-tune: known copies are found, a killed run goes on, bad input is one line."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
-import audited
 import numpy as np
 import pytest
 import torch
-from audited import CAPTIONS, COPIED, FLAGS, TINY, numbers
-from conftest import GOLDEN
+from audited import CAPTIONS, COPIED, FLAGS, TINY, Given, numbers, save_run
 from faults import refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from memorization import cli
+from memorization.audit import run
 from memorization.audit.adapters import find_adapters
+from memorization.audit.engine import Plan
 from memorization.audit.findings import copy_limit, findings
 from memorization.audit.measures.nl2 import ByNl2
+from memorization.audit.run import FINDINGS
 from memorization.audit.signals.base import SIGNALS, Look
 from memorization.audit.training import read_training
 from memorization.audit.tries import beginning, paraphrased
 from memorization.cli import audit as command
+from memorization.evaluation.intervals import lower_end, upper_end
 from memorization.index.duplicates import find_duplicates, near_copies
 from memorization.io.files import read_lines
 from memorization.io.training import find_captions
+from memorization.models.loading import load_model
 
-ROOT = GOLDEN.parent.parent
+SMALL = ["--paraphrases", "0", "--noises", "1"]  # four captions and the trigger, one noise each
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with ``lora/``, ``set/`` and an audit of both in ``out/``."""
-    place = tmp_path_factory.mktemp("audit")
-    epochs = audited.save_epochs(place / "lora")
-    audited.save_training(place / "set", epochs[-1])
-    audit(place, place / "out")
-    return place
+def place(audited_place):
+    return audited_place
 
 
 def audit(place, out, *more, adapter=None):
@@ -50,7 +46,9 @@ def test_known_copies_are_found_at_the_epoch_that_makes_them(place):
     found = numbers(place / "out")
     assert [one["name"] for one in found["epochs"]] == ["(base)", "mine-000001", "mine-000002", "mine"]
     assert [one["copies"]["caption"]["copies"] for one in found["epochs"]] == [0, 0, 0, len(COPIED)]
-    assert [p["copied_from"] for p in found["pictures"]] == ["mine", "mine", None, None]
+    assert [one["gained"] for one in found["epochs"]] == [0, 0, 0, len(COPIED)]
+    verdicts = [picture["epochs"]["mine"]["verdict"] for picture in found["pictures"]]
+    assert [verdict == "at risk" for verdict in verdicts] == [True, True, False, False]  # too few pictures for more
     assert found["recommended"] == "mine-000002"
     rows, _ = read_lines(place / "out" / "scores.jsonl")
     last = [row for row in rows if row["epoch"] == "mine" and row["kind"] == "caption"]
@@ -82,53 +80,80 @@ def test_every_limit_says_where_it_comes_from(place, capsys):
     audit(place, place / "out")
     said = capsys.readouterr().out
     limits = numbers(place / "out")["limits"]
-    assert len(limits) == 4 and all(limit["source"] for limit in limits)
+    assert len(limits) == 5 and all(limit["source"] for limit in limits)
     assert all(limit["source"] in said for limit in limits) and "recommended epoch: mine-000002" in said
 
 
 def test_a_killed_audit_goes_on_to_the_same_bytes(place, tmp_path):
-    arguments = [*FLAGS, "--adapter", str(place / "lora"), "--training", str(place / "set"), "--out", str(tmp_path)]
-    dying = f"""
-import os, signal
-from memorization.audit import engine
-plain, calls = engine.save_picture, []
-def save(*a):
-    calls.append(1)
-    if len(calls) == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(*a)
-engine.save_picture = save
-from memorization.cli import audit
-audit.main({arguments!r})
-"""
-    died = subprocess.run([sys.executable, "-c", dying], cwd=ROOT, capture_output=True, env={**os.environ})
-    assert died.returncode == -9
-    whole = (place / "out" / "scores.jsonl").read_bytes()
-    partial = (tmp_path / "scores.jsonl").read_bytes()
+    out = shutil.copytree(place / "killed", tmp_path / "out")
+    whole, partial = ((folder / "scores.jsonl").read_bytes() for folder in (place / "out", out))
     assert partial == whole[: len(partial)] and 0 < len(partial) < len(whole)
-    (tmp_path / "scores.jsonl").write_bytes(partial + b'{"id": 9')
-    command.main(arguments)
-    for name in ("scores.jsonl", "audit.json", "epochs.csv", "pictures.csv"):
-        assert (tmp_path / name).read_bytes() == (place / "out" / name).read_bytes()
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    (out / "scores.jsonl").write_bytes(partial + b'{"id": 9')
+    audit(place, out)
+    for name in ("scores.jsonl", *FINDINGS):
+        assert (out / name).read_bytes() == (place / "out" / name).read_bytes()
+    pictures = {path.name: path.read_bytes() for path in (out / "pictures").iterdir()}
     assert pictures == {path.name: path.read_bytes() for path in (place / "out" / "pictures").iterdir()}
+
+
+def test_a_run_is_complete_once_all_is_written(place, tmp_path, monkeypatch):
+    """Killed before audit.json is written it is not, the audit.json of fewer epochs is gone, and it goes on."""
+    out = shutil.copytree(place / "out", tmp_path / "out")
+    lines = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join(lines[:-1]))
+    state = []
+
+    def look(*arguments):
+        state.append((json.loads((out / "run.json").read_text())["status"], (out / "audit.json").exists()))
+        return findings(*arguments)
+
+    monkeypatch.setattr(run, "findings", look)
+    audit(place, out)
+    record = json.loads((out / "run.json").read_text())
+    assert state == [("running", False)] and record["status"] == "complete" and record["lines"] == len(lines)
+    (out / "run.json").write_text(json.dumps({**record, "status": "running"}))  # killed once all lines were there
+    audit(place, out)
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
+
+
+def test_beginning_anew_leaves_nothing_of_before(place, tmp_path):
+    out = shutil.copytree(place / "killed", tmp_path / "out")
+    (out / "audit.json").write_text("{}")
+    (out / "pictures" / "000099.png").write_bytes(b"old")
+    shutil.copy(place / "lora" / "mine.safetensors", other := tmp_path / "other.safetensors")
+    spoil_names(other)
+    refused(lambda: audit(place, out, "--overwrite", *SMALL, adapter=other), "made for another one?")
+    assert not (out / "audit.json").exists() and not (out / "pictures" / "000099.png").exists()
+    assert json.loads((out / "run.json").read_text())["status"] == "stopped"
 
 
 def test_epochs_may_be_added_at_the_end_and_nowhere_else(place, tmp_path):
     two = [str(place / "lora" / f"mine-00000{i}.safetensors") for i in (1, 2)]
     flags = [*FLAGS, "--training", str(place / "set"), "--out", str(tmp_path), "--adapter"]
-    command.main([*flags, two[0]])
+    shutil.copytree(place / "out", tmp_path, dirs_exist_ok=True)
+    lines = (tmp_path / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "scores.jsonl").write_bytes(b"".join(lines[:18]))  # as if the first epoch alone had been asked for
+    (tmp_path / "run.json").write_text(json.dumps({**record, "epochs": record["epochs"][:1], "lines": 18}))
     command.main([*flags, *two])
-    rows, _ = read_lines(tmp_path / "scores.jsonl")
-    assert rows == read_lines(place / "out" / "scores.jsonl")[0][:27]
-    refused(lambda: command.main([*flags, two[1]]), "other epochs, from mine-000001 on")
+    assert (tmp_path / "scores.jsonl").read_bytes() == b"".join(lines[:27])
+    assert [one["name"] for one in numbers(tmp_path)["epochs"]] == ["(base)", "mine-000001", "mine-000002"]
+    gone = ("epoch mine-000001 was audited there and is not given any more (1 such)", "put back", "--out")
+    refused(lambda: command.main([*flags, two[1]]), *gone)
+    refused(lambda: command.main([*flags, two[0]]), "epoch mine-000002 was audited there and is not given any more")
+    shutil.copy(place / "lora" / "mine.safetensors", tmp_path / "mine-000001.safetensors")
+    refused(lambda: command.main([*flags, str(tmp_path / "mine-000001.safetensors"), two[1]]),
+            "epoch mine-000001 is not the file that was audited there")  # fmt: skip
+    shutil.copy(place / "lora" / "mine.safetensors", tmp_path / "mine-000000.safetensors")
+    refused(lambda: command.main([*flags, str(tmp_path / "mine-000000.safetensors"), *two]),
+            "epoch mine-000000 comes before others")  # fmt: skip
 
 
 def test_a_whole_checkpoint_is_audited_as_an_adapter_is(place, tmp_path):
     shutil.copytree(TINY, tmp_path / "tuned")
-    audit(place, tmp_path / "out", "--paraphrases", "0", adapter=tmp_path / "tuned")
+    audit(place, tmp_path / "out", *SMALL, adapter=tmp_path / "tuned")
     rows, _ = read_lines(tmp_path / "out" / "scores.jsonl")
-    assert len(rows) == 10 and rows[5]["epoch"] == "tuned" and rows[5]["difference"] == [0, 0]
+    assert len(rows) == 10 and rows[5]["epoch"] == "tuned" and rows[5]["difference"] == [0]
     assert [row["nl2"] for row in rows[:5]] == [row["nl2"] for row in rows[5:]]
 
 
@@ -136,7 +161,7 @@ def test_watching_audits_what_is_new():
     from memorization.audit.run import watch
     from memorization.errors import InputError
 
-    states = iter([InputError("torn"), ["a"], ["a"], ["a", "b"]])
+    states = iter([InputError("torn"), ["a"], ["a"], InputError("torn"), ["a", "b"], ["b"], ["b", "c"]])
     seen = []
 
     def look():
@@ -149,7 +174,7 @@ def test_watching_audits_what_is_new():
 
     with pytest.raises(KeyboardInterrupt):
         watch(look, seen.append, lambda: None)
-    assert seen == [["a"], ["a", "b"]]
+    assert seen == [["a"], ["a", "b"], ["b", "c"]]  # what is new is audited, though as many as before
 
 
 # ---------------------------------------------------------------- numbers
@@ -175,16 +200,6 @@ def test_a_signal_is_what_the_trace_says(place, tiny_eps):
     assert rows[2]["guidance"] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-class Given(ByNl2):
-    """Distances that are given."""
-
-    def __init__(self, apart):
-        self._apart = np.array(apart)
-
-    def apart(self):
-        return self._apart
-
-
 def test_the_limit_is_the_nearer_of_two():
     alone = np.arange(2)
     far = Given([[9, 9], [9, 9]])
@@ -196,12 +211,40 @@ def test_the_limit_is_the_nearer_of_two():
     assert copy_limit(Given([[0, 0.5], [0.7, 0]]), base, np.zeros(2), 0.01).value == 1.0  # near-copies say nothing
 
 
+def test_verdicts_compare_the_ends_of_intervals(tmp_path):
+    """The lower end of a picture's copies with the upper end of the base's, which few pictures leave high."""
+    base = np.full((20, 8), 2.0)
+    once, twice = base.copy(), base.copy()
+    once[3, 0] = twice[3, :2] = 0
+    found = save_run(tmp_path / "many", base, {"once": once, "twice": twice})
+    assert lower_end(1, 8) < upper_end(0, 160) < lower_end(2, 8)
+    assert [found["pictures"][3]["epochs"][name]["verdict"] for name in ("once", "twice")] == ["at risk", "copied"]
+    assert found["pictures"][3]["copied_from"] == "twice" and found["recommended"] == "once"
+    assert found["limits"][2]["value"] == pytest.approx(upper_end(0, 160), rel=1e-5)
+    few = save_run(tmp_path / "few", base[:4], {"twice": twice[:4]})
+    assert upper_end(0, 32) > lower_end(2, 8) and few["pictures"][3]["epochs"]["twice"]["verdict"] == "at risk"
+
+
+def test_an_epoch_is_recommended_until_it_is_seen_to_copy(tmp_path):
+    """By the lower end of its share: what chance alone makes of a share of 1% is no copying."""
+    base = 2 + np.random.default_rng(0).random((200, 5))
+    base.flat[:11] = np.arange(11) / 100 + 1  # ten of 1000 lie beyond the eleventh
+    other = 2 + np.random.default_rng(1).random((200, 5))
+    chance, more = other.copy(), other.copy()
+    chance[:14, 0] = more[:25, 0] = 0.5
+    found = save_run(tmp_path / "run", base, {"same": base, "chance": chance, "more": more})
+    assert [one["copies"]["caption"]["copies"] for one in found["epochs"]] == [10, 10, 14, 25]
+    assert [(one["gained"], one["lost"]) for one in found["epochs"]] == [(0, 0), (0, 0), (12, 8), (23, 8)]
+    assert found["recommended"] == "chance" and found["limits"][1]["value"] == 0.01
+    assert lower_end(14, 1000, 0.975) < 0.01 < lower_end(25, 1000, 0.975)
+
+
 def test_findings_leave_an_epoch_out_that_is_not_complete(place):
     rows, _ = read_lines(place / "out" / "scores.jsonl")
     training = read_training(place / "set", (32, 32))
     found = findings(rows[:-1], training, [ByNl2(training.pictures)], "difference", 0.01)
     assert [one["name"] for one in found["epochs"]] == ["(base)", "mine-000001", "mine-000002"]
-    assert found["limits"][2]["value"] is None and "nothing to take a limit from" in found["limits"][2]["source"]
+    assert found["limits"][3]["value"] is None and "nothing to take a limit from" in found["limits"][3]["source"]
 
 
 # ---------------------------------------------------------------- training folders
@@ -263,6 +306,36 @@ def test_epochs_are_ordered_as_they_were_saved(tmp_path):
     refused(lambda: find_adapters([tmp_path]), "both say that they are of step 1")
 
 
+def save_lora(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, path)
+
+
+def test_the_last_file_beside_the_folders_of_the_earlier_ones_comes_last(tmp_path):
+    """As diffusers' trainers save; whatever their folder is called."""
+    for folder in ("a-run/checkpoint-1000", "a-run/checkpoint-500", "a-run"):
+        save_lora(tmp_path / folder / "pytorch_lora_weights.safetensors")
+    found = find_adapters([tmp_path / "a-run"])
+    assert [one.path.parent.name for one in found] == ["checkpoint-500", "checkpoint-1000", "a-run"]
+    assert len({one.name for one in found}) == 3
+
+
+def test_files_of_a_folder_that_hold_no_lora_are_left_out(tmp_path, capsys):
+    save_lora(tmp_path / "mine.safetensors")
+    for name in ("vae", "optimizer", "embedding"):
+        save_file({f"{name}.weight": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    assert [one.name for one in find_adapters([tmp_path])] == ["mine"]
+    find_adapters([tmp_path])  # said once
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(said) == [f"{tmp_path}/{name}.safetensors: left out, it holds no LoRA"
+                            for name in ("embedding", "optimizer", "vae")]  # fmt: skip
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    refused(lambda: find_adapters([tmp_path]), "torn.safetensors: no whole file")
+    (tmp_path / "torn.safetensors").unlink()
+    (tmp_path / "mine.safetensors").unlink()
+    refused(lambda: find_adapters([tmp_path]), "holds no adapter")
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -294,7 +367,7 @@ def test_bad_adapters_are_one_line(place, tmp_path, spoil, said):
     path = tmp_path / "one.safetensors"
     shutil.copy(place / "lora" / "mine.safetensors", path)
     spoil(path)
-    refused(lambda: audit(place, tmp_path / "out", adapter=path), said, str(path))
+    refused(lambda: audit(place, tmp_path / "out", *SMALL, adapter=path), said, str(path))
 
 
 def test_no_pickle_is_opened(place, tmp_path):
@@ -326,6 +399,28 @@ def test_bad_training_folders_are_one_line(place, tmp_path, files, said):
     lora = str(place / "lora" / "mine.safetensors")
     refused(lambda: command.main([*FLAGS, "--adapter", lora, "--training", str(folder), "--out", str(tmp_path / "o")]),
             said)  # fmt: skip
+
+
+def test_another_deciding_measure_is_another_audit(place, monkeypatch):
+    class Other(Given):
+        name = "other"
+
+    def both(known):
+        return [ByNl2(known.pictures), Other(np.zeros((4, 4)))]
+
+    monkeypatch.setattr(run, "make_measures", both)
+    by_nl2, by_other = (
+        run.prepare(load_model(TINY, device="cpu", dtype="float32"), place / "set", plan, run.Asked(measure=measure))
+        for plan in [Plan(1, 51, 3, 3.0, 4)] for measure in ("nl2", "other")
+    )  # fmt: skip
+    assert {key for key, value in by_nl2.settings.items() if by_other.settings[key] != value} == {"decides"}
+    assert by_other.measures[0].name == by_other.settings["decides"] == "other"
+
+
+def test_the_training_pictures_are_found_from_anywhere(place, monkeypatch):
+    monkeypatch.chdir(place)
+    files = [one["file"] for one in run.files_of(read_training(Path("set"), (8, 8)))]
+    assert files == [str((place / "set" / f"{i}.png").resolve()) for i in range(4)]
 
 
 def test_other_bad_input(place, tmp_path):

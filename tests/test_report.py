@@ -1,10 +1,14 @@
 """Reports, cards and gates of the three kinds of runs."""
 
+import hashlib
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import audited
+import numpy as np
 import pytest
 import yaml
 from conftest import GOLDEN
@@ -21,14 +25,20 @@ ROOT = GOLDEN.parent.parent
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(audited_place, tmp_path_factory):
     """An audit."""
-    place = tmp_path_factory.mktemp("report")
-    epochs = audited.save_epochs(place / "lora")
-    audited.save_training(place / "set", epochs[-1])
-    cli.dispatch(["audit", *audited.FLAGS, "--adapter", str(place / "lora"), "--training", str(place / "set"),
-                  "--out", str(place / "out")])  # fmt: skip
-    return place / "out"
+    return shutil.copytree(audited_place / "out", tmp_path_factory.mktemp("report") / "out")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An audit of more pictures, of which the epoch "late" copies one at two of eight noises; without pictures."""
+    base = np.full((20, 8), 2.0)
+    early, late = base.copy(), base.copy()
+    early[3, 0] = late[3, :2] = 0
+    folder = tmp_path_factory.mktemp("many") / "out"
+    audited.save_run(folder, base, {"early": early, "late": late})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +90,72 @@ def test_without_its_script_a_page_says_everything(out):
     text = re.sub(r"<script>.*?</script>", "", write_report(out, False).read_text(), flags=re.DOTALL)
     for caption in audited.CAPTIONS:
         assert caption in text
-    assert "Recommended epoch: mine-000002" in text and "copied 2" in text
+    assert "Recommended epoch: mine-000002" in text and "copied 0, at risk 2" in text
     for limit in json.loads((out / "audit.json").read_text())["limits"]:
         assert limit["source"].replace("'", "&#39;") in text
 
 
-def test_hashes_only_leaves_out_pictures_prompts_and_names(out):
-    text = write_report(out, True).read_text()
-    assert not Found(text).of("img") and ".png" not in text
-    assert not any(caption in text for caption in audited.CAPTIONS)
-    digest = json.loads((out / "run.json").read_text())["training"][0]["sha256"]
-    assert f"sha256:{digest[:16]}" in text
-    assert not any(caption in model_card(out, True) for caption in audited.CAPTIONS)
+def test_hashes_only_leaves_out_pictures_prompts_and_names(out, many, tmp_path):
+    record, found = (json.loads((out / name).read_text()) for name in ("run.json", "audit.json"))
+    record["settings"]["model"] = "/home/somebody/client"
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    page, card = write_report(tmp_path / "out", True).read_text(), model_card(tmp_path / "out", True)
+    assert not Found(page).of("img")
+    secret = ["somebody", "client", ".png", "zwx", "mine", str(tmp_path)]
+    for text in (page, card, write_report(many, True).read_text(), model_card(many, True)):
+        assert not [word for word in [*secret, "early", "late", "caption 3"] if word in text.replace("template", "")]
+    assert f"sha256:{record['training'][0]['sha256'][:16]}" in page
+    assert found["recommended"] == record["epochs"][1]["name"]  # the second, by its number and hash
+    digest = hashlib.sha256(record["epochs"][1]["revision"].encode()).hexdigest()[:16]
+    assert f"Recommended epoch: 2 (sha256:{digest})" in page
+    assert "somebody" in write_report(tmp_path / "out", False).read_text()
+
+
+def test_a_page_says_when_a_picture_first_counts_as_copied(many):
+    text = write_report(many, False).read_text()
+    assert "The first epoch at which a training picture counts as copied is late; single copies" in text
+    assert "copied 1, at risk" in text and "Recommended epoch: early" in text and "first copied at epoch" in text
+
+
+def test_a_run_that_is_not_complete_has_no_page_and_no_gate(many, tmp_path):
+    """Stopped; begun anew and killed; or killed when a new run removed what was found."""
+    shutil.copytree(many, tmp_path / "out")
+    record = json.loads((many / "run.json").read_text())
+
+    def refuses():
+        for command in ("report", "gate"):
+            refused(lambda: cli.dispatch([command, str(tmp_path / "out")]), "this run is not complete")  # noqa: B023
+
+    (tmp_path / "out" / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    refuses()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "out" / "scores.jsonl").write_text("")
+    refuses()
+    shutil.copy(many / "scores.jsonl", tmp_path / "out" / "scores.jsonl")
+    cli.dispatch(["report", str(tmp_path / "out")])
+    (tmp_path / "out" / "audit.json").unlink()
+    refuses()
+
+
+SORTED = (  # cells of a column, ascending
+    ["-2", "1e-05", ".25", "0.5", "10", ""], ["9%", "12%", "100%"], ["0.125 [0, 1]", "0.25 [0.03, 0.65]", "0.3 [0, 1]"],
+    ["9 of 9", "10 of 20", ""], ["1girl, a", "1girl, b", ""], ["mine", "mine-9", "mine-10"],
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_columns_of_numbers_are_sorted_as_numbers_and_empty_cells_last():
+    page = (ROOT / "memorization" / "report" / "page.html").read_text()
+    functions = page[page.index("const text =") : page.index("for (const head of")]
+    shuffled = [cells[1:] + cells[:1] for cells in SORTED]
+    said = f"""{functions}
+    const rows = cells => cells.map(cell => ({{ cells: [{{ textContent: cell }}] }}));
+    const both = cells => [true, false].map(up => sorted(rows(cells), 0, up).map(row => text(row, 0)));
+    console.log(JSON.stringify({json.dumps(shuffled)}.map(both)));"""
+    made = subprocess.run(["node", "-e", said], capture_output=True, text=True, check=True)
+    down = [[cell for cell in reversed(cells) if cell] + [""] * cells.count("") for cells in SORTED]
+    assert json.loads(made.stdout) == [[up, other] for up, other in zip(SORTED, down, strict=True)]
 
 
 def test_the_same_run_gives_the_same_page(out):
@@ -111,8 +175,6 @@ def test_a_card_has_metadata_that_the_hub_reads(out):
 
 
 def test_a_picture_that_has_gone_leaves_its_words(out, tmp_path):
-    import shutil
-
     shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "pictures")
     text = write_report(tmp_path / "out", False).read_text()
@@ -123,12 +185,13 @@ def test_a_detection_run_has_a_page_too_and_its_prompts_are_text(run):
     text = write_report(run, False).read_text()
     assert "&lt;b&gt;old&lt;/b&gt; kite" in text and "<b>" not in text
     assert "2 of them are flagged" in text
-    assert "kite" not in write_report(run, True).read_text()
+    for text in (write_report(run, True).read_text(), model_card(run, True)):
+        assert "kite" not in text and audited.TINY not in text and "list.csv" not in text
 
 
 def test_a_run_of_mitigation_has_a_page_too(tmp_path):
     rows = [{"id": 0, "prompt": "a", "new_prompt": "b", "nl2_before": [1.0, 2.0], "nl2_after": [3.0, 5.0]}]
-    settings = {"model": "m", "method": "rt", "seed": 1, "steps": 2, "num_images": 2}
+    settings = {"model": "/secret/m", "method": "rt", "seed": 1, "steps": 2, "num_images": 2}
     (tmp_path / "run.json").write_text(json.dumps({"status": "complete", "seconds": 1.0, "settings": settings}))
     (tmp_path / "mitigations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "images").mkdir()
@@ -136,6 +199,7 @@ def test_a_run_of_mitigation_has_a_page_too(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"0000-{when}-0.png")
     text = write_report(tmp_path, False).read_text()
     assert "nl2: 1.500 before, 4.000 after" in text and len(Found(text).of("img")) == 2
+    assert "secret" in text and "secret" not in write_report(tmp_path, True).read_text() + model_card(tmp_path, True)
 
 
 # ---------------------------------------------------------------- gates
@@ -164,12 +228,50 @@ def test_ends_of_exact_intervals_by_closed_form():
 
 def test_a_gate_decides_on_the_upper_end(out, capsys):
     status, said, why = gate(capsys, out)
-    assert status == 3 and said["passed"] is False and (said["hits"], said["trials"]) == (2, 8)
+    assert status == 3 and said["passed"] is False and (said["hits"], said["lost"], said["trials"]) == (2, 0, 8)
     assert why.startswith("stop: 2 of 8 pictures of epoch mine are copies") and why.count("\n") == 1
+    assert why.endswith("; more of them would not help\n")
     status, said, why = gate(capsys, out, "--epoch", "mine-000001")  # no copy, but too few pictures
-    assert status == 3 and said["upper"] == pytest.approx(1 - 0.05 ** (1 / 8)) and "299 without a copy" in why
-    assert gate(capsys, out, "--epoch", "mine-000001", "--max-copies", "0.32")[0] == 0
-    assert gate(capsys, out, "--max-copies", "0.32")[0] == 3
+    assert status == 3 and said["upper"] == pytest.approx(1 - 0.025 ** (1 / 8)) and "; 368 would suffice" in why
+    assert gate(capsys, out, "--epoch", "mine-000001", "--max-copies", "0.37")[0] == 0
+    assert gate(capsys, out, "--max-copies", "0.37")[0] == 3
+
+
+def distances(seed, noises):
+    return np.random.default_rng(seed).random((50, noises))
+
+
+def test_a_fine_tune_that_is_its_base_passes_by_default_with_enough_pictures(tmp_path, capsys):
+    """Ten of 1000 of its pictures lie beyond the limit, as of the base's: they are the base's own."""
+    base = distances(0, 20)
+    found = audited.save_run(tmp_path / "many", base, {"same": base})
+    assert [one["copies"]["caption"]["copies"] for one in found["epochs"]] == [10, 10]
+    assert gate(capsys, tmp_path / "many")[0] == 0
+    audited.save_run(tmp_path / "few", base[:, :7], {"same": base[:, :7]})
+    status, said, _ = gate(capsys, tmp_path / "few")
+    assert status == 3 and said["needed"] == 368 > said["trials"] == 350
+
+
+def test_a_fine_tune_that_draws_others_and_no_copies_passes_with_enough_pictures(tmp_path, capsys):
+    """By chance as many of its pictures lie beyond the limit as of the base's, but others; 2% of copies do not pass."""
+    for seed in range(4):
+        base, other = distances(seed, 100), distances(100 + seed, 100)
+        copying = other.copy()
+        copying.flat[::50] = -1
+        audited.save_run(tmp_path / str(seed), base, {"copying": copying, "other": other})
+        status, said, why = gate(capsys, tmp_path / str(seed))
+        assert status == 0 and said["hits"] > 25 and said["lost"] > 25, why
+        assert gate(capsys, tmp_path / str(seed), "--epoch", "copying")[0] == 3
+    audited.save_run(tmp_path / "few", distances(0, 10), {"other": distances(100, 10)})
+    status, said, _ = gate(capsys, tmp_path / "few")
+    assert status == 3 and 500 < said["needed"] < 5000
+
+
+def test_an_audit_of_another_version_is_one_line(many, tmp_path):
+    shutil.copytree(many, tmp_path / "out")
+    for content in ({}, {"epochs": []}, {"epochs": [1, {"name": "early"}]}):
+        (tmp_path / "out" / "audit.json").write_text(json.dumps(content))
+        refused(lambda: cli.dispatch(["gate", str(tmp_path / "out")]), "damaged, or of another version")
 
 
 def test_a_gate_counts_families_of_a_detection_run_once(run, capsys):

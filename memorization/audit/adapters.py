@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.errors import InputError
+from memorization.errors import InputError, printable
 from memorization.io.files import sha256_of
 from memorization.models.checkpoint import identity_of
 from memorization.models.loading import Model, load_pipeline
-from memorization.models.lora import header_of, wearing, without_adapter
+from memorization.models.lora import header_of, holds_lora, wearing, without_adapter
 from memorization.models.spec import ModelSpec
 
 STEPS = ("ss_steps", "step", "global_step")  # how trainers call the step that they note
+LAST = (2, 0, "")  # in the order of names, after numbers and words
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler", "vae")
 
 
@@ -42,7 +46,8 @@ class Adapter:
 def find_adapters(places: Iterable[Path]) -> list[Adapter]:
     """The states that files and folders hold, earliest first: by the step that is noted in them, else by name.
 
-    A trainer's last file often has no number; it comes last.
+    A trainer's last file often has no number, or lies beside the folders of the earlier ones; it comes last. Files of a
+    folder that hold no LoRA (an optimizer's state, embeddings, a VAE) are left out, with a line on standard error.
 
     Raises:
         InputError: one is no adapter or checkpoint, or two are of the same step.
@@ -51,7 +56,7 @@ def find_adapters(places: Iterable[Path]) -> list[Adapter]:
     names = _names(files)
     found = [_read(path, name) for path, name in zip(files, names, strict=True)]
     noted = all(adapter.step is not None for adapter in found)
-    ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _natural(adapter.name))
+    ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _order(adapter, files))
     for one, other in pairwise(ordered):
         if noted and one.step == other.step:
             raise InputError(f"{one.path} and {other.path}: both say that they are of step {one.step}; the order of "
@@ -65,14 +70,23 @@ def _states(place: Path) -> list[Path]:
         return [place]
     if (place / "model_index.json").is_file():
         return [place]
-    inside = sorted(
-        [*place.glob("*.safetensors"), *place.glob("*/*.safetensors"), *place.glob("*/model_index.json")],
-        key=lambda path: _natural(path.relative_to(place).as_posix()),
-    )
-    inside = [path.parent if path.name == "model_index.json" else path for path in inside]
+    files = sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")])
+    inside = [path.parent for path in sorted(place.glob("*/model_index.json"))] + [*filter(_is_lora, files)]
     if not inside:
-        raise InputError(f"{place}: holds no adapter (.safetensors) and no checkpoint (model_index.json)")
+        raise InputError(f"{place}: holds no adapter (a LoRA in .safetensors) and no checkpoint (model_index.json)")
     return inside
+
+
+def _is_lora(path: Path) -> bool:
+    found = holds_lora(path)
+    if not found:
+        _say_left_out(path)
+    return found
+
+
+@cache  # once, however often a folder is looked at
+def _say_left_out(path: Path) -> None:
+    print(printable(f"{path}: left out, it holds no LoRA"), file=sys.stderr)
 
 
 def _names(files: list[Path]) -> list[str]:
@@ -81,10 +95,19 @@ def _names(files: list[Path]) -> list[str]:
     return next(names for way in ways if len(set(names := [way(path) for path in files])) == len(files))
 
 
+def _order(adapter: Adapter, files: list[Path]) -> tuple:
+    """By name; where files are alike by their folders, and what lies beside folders of others comes after them."""
+    if "/" not in adapter.name:
+        return _natural(adapter.name)
+    home = os.path.commonpath([file.absolute().parent for file in files])
+    folders = adapter.path.absolute().relative_to(home).parts[:-1]
+    return (*map(_natural, folders), (LAST,), _natural(adapter.path.name if adapter.whole else adapter.path.stem))
+
+
 def _natural(name: str) -> tuple:
     """Numbers by value; a name that ends where another has a number comes after it."""
     parts = [part for part in re.split(r"(\d+)", name) if part]
-    return (*((0, int(part), "") if part.isdigit() else (1, 0, part.strip("-_. ")) for part in parts), (2, 0, ""))
+    return (*((0, int(part), "") if part.isdigit() else (1, 0, part.strip("-_. ")) for part in parts), LAST)
 
 
 def _read(path: Path, name: str) -> Adapter:

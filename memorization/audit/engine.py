@@ -71,16 +71,13 @@ class Audit:
             raise InputError(f"{late[0].name}: the checkpoint was trained on {trained} timesteps, counted from 0")
 
     def run(self, adapters: Sequence[Adapter], store: ResultStore) -> None:
-        """Fill ``store`` with a line a try, those of the base first, from where it stopped.
+        """Fill ``store``, which was started, with a line a try, those of the base first, from where it stopped.
 
         Raises:
             InputError: an adapter does not fit, memory does not suffice, or a number is not finite.
         """
-        if not store.lacks((1 + len(adapters)) * len(self.tries)):
-            return
         with writing(store.folder):
             (store.folder / "pictures").mkdir(exist_ok=True)
-        store.start()
         with_memory(lambda size: self._run(adapters, store, size), store, self.plan.batch_size)
 
     def _run(self, adapters: Sequence[Adapter], store: ResultStore, batch_size: int) -> None:

@@ -14,7 +14,7 @@ from memorization.audit.engine import BASE
 from memorization.audit.measures.base import Measure
 from memorization.audit.training import Training
 from memorization.audit.tries import KINDS
-from memorization.evaluation.intervals import lower_end, share_interval
+from memorization.evaluation.intervals import lower_end, share_interval, upper_end
 from memorization.index.duplicates import NEAR_COPY
 
 CONFIDENCE = 0.95
@@ -94,33 +94,46 @@ def findings(
     limit = copy_limit(measure, base, training.families, rate)
     near = (lambda v: v < limit.value) if measure.lower_is_nearer else (lambda v: v > limit.value)
     copied = {name: [near(np.array(row[measure.name])) for row in own] for name, own in by_epoch.items()}
-    epochs = [_epoch(name, own, copied[name]) for name, own in by_epoch.items()]
-    allowed = max(rate, epochs[0]["copies"]["caption"]["share"])
-    pictures = _pictures(by_epoch, copied, training, measure, epochs[0]["copies"]["all"]["share"])
+    epochs = [_epoch(name, own, copied[name], copied[BASE]) for name, own in by_epoch.items()]
+    of_base = epochs[0]["copies"]
+    # The base counts with its share, not its upper end: that few pictures say little of it excuses no copies.
+    allowed = max(rate, of_base["caption"]["share"])
+    floor = upper_end(of_base["all"]["copies"], of_base["all"]["pictures"], CONFIDENCE)
+    pictures = _pictures(by_epoch, copied, training, measure, floor)
     risk = _mark_risk(pictures, by_epoch, signal, training)
-    below = [one["name"] for one in epochs[1:] if one["copies"]["caption"]["share"] <= allowed]
+    copying = {name for picture in pictures for name, one in picture["epochs"].items() if one["verdict"] == VERDICTS[0]}
+    clean = [one["name"] for one in epochs[1:]
+             if one["copies"]["caption"]["low"] <= allowed and one["name"] not in copying]  # fmt: skip
     limits = [
         limit,
-        Limit("an epoch's share of copies among pictures of the captions: at most", allowed,
-              "what the base's own pictures may reach (--fpr), or do reach"),
+        Limit("an epoch copies more than the base: the lower end of its share of copies, among pictures of the "
+              "captions, above", allowed, "the base's own share, or --fpr where that is more"),
+        Limit("a picture is copied: the lower end of the share of copies of it, among pictures of its own prompts, "
+              "above", float(f"{floor:.6g}"), "the upper end of the base's own share of copies, of all prompts"),
         risk,
         Limit("near-copies in the training folder: l2 at 64 x 64 below", NEAR_COPY, "the project's setting, by eye"),
     ]  # fmt: skip
     return {
         "measure": measure.name, "signal": signal, "limits": [asdict(one) for one in limits], "epochs": epochs,
-        "recommended": below[-1] if below else None, "pictures": pictures,
+        "recommended": clean[-1] if clean else None, "pictures": pictures,
     }  # fmt: skip
 
 
-def _epoch(name: str, rows: Sequence[Mapping], copied: Sequence[np.ndarray]) -> dict:
-    """Copies by kind of try, and text alignment, of an epoch."""
+def _epoch(name: str, rows: Sequence[Mapping], copied: Sequence[np.ndarray], of_base: Sequence[np.ndarray]) -> dict:
+    """Copies by kind of try, and text alignment, of an epoch.
+
+    ``gained`` are pictures of the captions that are copies while the base's, of the same prompt and noise, are none;
+    ``lost`` those the other way round.
+    """
     kinds = np.array([row["kind"] for row in rows])
-    flags = np.array(copied)
+    flags, base = np.array(copied), np.array(of_base)
+    captions = kinds == "caption"
     aligned = [value for row in rows if row["kind"] == "caption" for value in row.get("alignment", [])]
     return {
         "name": name,
         "copies": {"all": asdict(Share.of(flags)),
                    **{kind: asdict(Share.of(flags[kinds == kind])) for kind in KINDS if (kinds == kind).any()}},
+        "gained": int((flags & ~base)[captions].sum()), "lost": int((base & ~flags)[captions].sum()),
         "alignment": round(float(np.mean(aligned)), 4) if aligned else None,
     }  # fmt: skip
 
@@ -131,25 +144,26 @@ def _pictures(
 ) -> list[dict]:  # fmt: skip
     """Of each training picture, by epoch, what was seen of it; and the verdict, as far as copies alone decide it.
 
-    Copied: of the pictures of its own tries so many are copies of it that the lower end of their share lies above the
-    base's own share of copies, ``floor``; or a picture of another's try is, in addition, a copy of it.
+    Copied: of the pictures of its own tries so many are copies of it that the lower end of their share lies above
+    ``floor``, the upper end of the base's own share of copies. At risk: fewer, or pictures of others' tries alone.
     """
+    # Of every epoch, (tries, noises): the family of the training picture that a copy is of; -1 of no copy.
+    near = f"{measure.name}_nearest"
+    families = {
+        epoch: np.where(copied[epoch], training.families[np.array([row[near] for row in rows])], -1)
+        for epoch, rows in by_epoch.items() if epoch != BASE
+    }  # fmt: skip
+    of_picture = np.array([row["training"] or "" for row in by_epoch[BASE]])
     found = []
     for i, name in enumerate(training.names):
-        family = np.flatnonzero(training.families == training.families[i])
-        of_epoch = {}
-        for epoch, rows in by_epoch.items():
-            if epoch == BASE:
-                continue
-            own = [row["training"] == name for row in rows]
-            hits = [flags & np.isin(row[f"{measure.name}_nearest"], family)
-                    for row, flags in zip(rows, copied[epoch], strict=True)]  # fmt: skip
-            mine = np.concatenate([hit for hit, is_own in zip(hits, own, strict=True) if is_own])
-            others = int(sum(hit.sum() for hit, is_own in zip(hits, own, strict=True) if not is_own))
-            seen = [(hit.sum(), row["id"]) for hit, row in zip(hits, rows, strict=True) if hit[row["shown"]]]
-            enough = lower_end(int(mine.sum()), len(mine), CONFIDENCE) > floor
+        own, of_epoch = of_picture == name, {}
+        for epoch, of in families.items():
+            hits = of == training.families[i]
+            mine, others = hits[own], int(hits[~own].sum())
+            seen = [(hit.sum(), row["id"]) for hit, row in zip(hits, by_epoch[epoch], strict=True) if hit[row["shown"]]]
+            enough = lower_end(int(mine.sum()), mine.size, CONFIDENCE) > floor
             of_epoch[epoch] = {
-                "copies": int(mine.sum()), "pictures": len(mine), "from_others": others,
+                "copies": int(mine.sum()), "pictures": mine.size, "from_others": others,
                 "verdict": VERDICTS[0] if enough else VERDICTS[1] if mine.any() or others else VERDICTS[2],
                 "shown": max(seen)[1] if seen else None,
             }  # fmt: skip

@@ -19,11 +19,13 @@ from memorization.audit.signals.base import DEFAULT_SIGNAL, SIGNALS
 from memorization.audit.training import Training, read_training
 from memorization.audit.tries import tries_of
 from memorization.errors import InputError, printable
-from memorization.io.files import write_atomically
+from memorization.io.files import write_atomically, writing
 from memorization.models.loading import Model, revision_of
 from memorization.runs.store import ResultStore
 from memorization.settings import Checked, Rate
 from memorization.similarity.clip import Clip
+
+FINDINGS = ("audit.json", "epochs.csv", "pictures.csv")  # computed from the lines
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def prepare(model: Model, folder: Path, plan: Plan, asked: Asked) -> Prepared:
         "model": model.name, "revision": revision_of(pipe, pictures=True), "dtype": model.dtype,
         "training": training.revision, "tries": [[one.prompt, one.kind] for one in tries], **vars(plan),
         "signals": {signal.name: signal.record() for signal in signals},
-        "measures": {measure.name: measure.revision for measure in measures},
+        "measures": {measure.name: measure.revision for measure in measures}, "decides": measures[0].name,
         "alignment": network.revision if network else None, "rate": asked.rate,
     }  # fmt: skip
     audit = Audit(Tuned(model), training, tries, signals, measures, plan, network)
@@ -97,38 +99,72 @@ def run_audit(
 ) -> dict:
     """Audit the base and all adapters into a folder, from where it stopped; gives back what was found.
 
-    Epochs may be added at the end later: a folder whose epochs begin otherwise is refused.
+    Epochs may be added at the end later: a folder whose epochs begin otherwise is refused. The run counts as complete
+    once everything is written.
 
     Raises:
         InputError: the folder holds another audit, or an adapter does not fit.
     """
     if not adapters:
         raise InputError("no adapter to audit")
+    tries = len(prepared.audit.tries)
     with ResultStore(out, prepared.settings, {"device": device}, overwrite) as store:
         epochs = [{"name": adapter.name, "revision": adapter.revision} for adapter in adapters]
-        earlier = store.record.get("epochs", [])
-        if earlier[: len(epochs)] != epochs[: len(earlier)]:
-            changed = next(one["name"] for one, new in zip(earlier, epochs, strict=False) if one != new)
-            raise InputError(f"{out}: holds an audit of other epochs, from {changed} on; --overwrite, or another --out")
-        store.record["epochs"] = max(earlier, epochs, key=len)
-        store.record["training"] = [
-            {"name": name, "file": str(file), "sha256": digest}
-            for name, file, digest in zip(
-                prepared.training.names, prepared.training.files, prepared.training.hashes(), strict=True
-            )
-        ]
-        prepared.audit.run(adapters, store)
-        rows = store.rows
-    found = findings(rows, prepared.training, prepared.measures, DEFAULT_SIGNAL, prepared.rate)
-    write(found, out)
+        begun = max(0, -(-store.done // tries) - 1)  # an epoch without a line, as one that did not fit, may go
+        _check_epochs(store.record.get("epochs", [])[:begun], epochs, out)
+        if store.lacks((1 + len(epochs)) * tries) or store.record["status"] != "complete":
+            store.record["epochs"] = epochs
+            store.record["training"] = files_of(prepared.training)
+            store.start()
+            _forget_findings(out, pictures=store.done == 0)
+            prepared.audit.run(adapters, store)
+        found = findings(store.rows, prepared.training, prepared.measures, DEFAULT_SIGNAL, prepared.rate)
+        write(found, out)
     return found
+
+
+def _check_epochs(earlier: list[dict], epochs: list[dict], out: Path) -> None:
+    """See that those which have lines come first, as they were.
+
+    Raises:
+        InputError: they do not; says which, and what to do.
+    """
+    if epochs[: len(earlier)] == earlier:
+        return
+    revisions = {one["name"]: one["revision"] for one in epochs}
+    other = "put back what was audited, or give another --out; --overwrite forgets what was audited"
+    if gone := [one["name"] for one in earlier if one["name"] not in revisions]:
+        raise InputError(f"{out}: epoch {gone[0]} was audited there and is not given any more ({len(gone)} such); "
+                         f"{other}")  # fmt: skip
+    if changed := [one["name"] for one in earlier if revisions[one["name"]] != one["revision"]]:
+        raise InputError(f"{out}: epoch {changed[0]} is not the file that was audited there; {other}")
+    first = next(new["name"] for one, new in zip(earlier, epochs, strict=False) if one != new)
+    raise InputError(f"{out}: epoch {first} comes before others that were audited there, and epochs are added at the "
+                     "end; give another --out")  # fmt: skip
+
+
+def files_of(training: Training) -> list[dict]:
+    """Of the training pictures, for the record: where they lie, wherever it is read from."""
+    return [
+        {"name": name, "file": str(file.resolve()), "sha256": digest}
+        for name, file, digest in zip(training.names, training.files, training.hashes(), strict=True)
+    ]
+
+
+def _forget_findings(out: Path, *, pictures: bool) -> None:
+    """Remove what was computed from fewer lines; ``pictures`` too where there are no lines any more."""
+    old = [out / name for name in FINDINGS] + (list((out / "pictures").glob("*.png")) if pictures else [])
+    with writing(out):
+        for path in old:
+            path.unlink(missing_ok=True)
 
 
 def write(found: dict, out: Path) -> None:
     """``audit.json`` and the two tables."""
-    write_atomically(out / "audit.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(out / "epochs.csv", epochs_table(found).to_csv(index=False))
-    write_atomically(out / "pictures.csv", pictures_table(found).to_csv(index=False))
+    as_json = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    tables = [table(found).to_csv(index=False) for table in (epochs_table, pictures_table)]
+    for name, content in zip(FINDINGS, [as_json, *tables], strict=True):
+        write_atomically(out / name, content)
 
 
 def epochs_table(found: dict) -> pd.DataFrame:
@@ -138,7 +174,7 @@ def epochs_table(found: dict) -> pd.DataFrame:
         row = {"epoch": one["name"]}
         for kind, share in one["copies"].items():
             row |= {f"{kind}: {key}": share[key] for key in ("copies", "pictures", "share", "low", "high")}
-        rows.append(row | {"text alignment": one["alignment"]})
+        rows.append(row | {key: one[key] for key in ("gained", "lost")} | {"text alignment": one["alignment"]})
     return pd.DataFrame(rows)
 
 
@@ -158,14 +194,14 @@ def watch(look: Callable[[], Sequence[Adapter]], audit: Callable[[Sequence[Adapt
         audit: is given them all.
         wait: between two looks.
     """
-    known = 0
+    known: Sequence[Adapter] = ()
     while True:
         try:
             adapters = look()
         except InputError as error:
             print(printable(f"waiting: {error}"), file=sys.stderr)
-            adapters = []
-        if len(adapters) > known:
+            adapters = known
+        if any(adapter not in known for adapter in adapters):
             audit(adapters)
-            known = len(adapters)
+            known = adapters
         wait()

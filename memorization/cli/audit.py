@@ -108,9 +108,9 @@ def print_findings(found: dict, out: Path) -> None:
     print(markdown(pd.DataFrame(rows)))
     for picture in found["pictures"]:
         if picture["copied_from"] is not None:
-            print(printable(f"copied from {picture['copied_from']} on: {picture['training']}: {picture['caption']}"))
+            print(printable(f"first copied at {picture['copied_from']}: {picture['training']}: {picture['caption']}"))
     for limit in found["limits"]:
         number = "none" if limit["value"] is None else f"{limit['value']:.4g}"
         print(printable(f"limit: {limit['decides']} {number}: {limit['source']}"))
-    print(printable(f"recommended epoch: {found['recommended'] or 'none: every one copies more than the base'}"))
+    print(printable(f"recommended epoch: {found['recommended'] or 'none: every one is seen to copy'}"))
     print(printable(f"next:   python -m memorization report {os.path.relpath(out)}"))

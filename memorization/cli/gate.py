@@ -2,9 +2,10 @@
 
   python -m memorization gate results/local/audit/base/folder --max-copies 0.01 --confidence 0.95
 
-RUN is an audit (copies among the pictures of an epoch's captions) or a detection run with a calibration (flagged
-families of prompts). Not the share that was seen decides, but the upper end of its exact interval: too few pictures do
-not pass. One line on standard error says why; standard output is JSON.
+RUN is an audit (copies among the pictures of an epoch's captions, as far as they are more than the base's) or a
+detection run with a calibration (flagged families of prompts). Not the share that was seen decides, but the upper end
+of its exact interval: too few pictures do not pass. One line on standard error says why, and how many would; standard
+output is JSON.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("run", type=Path, metavar="RUN", help="folder of an audit or a detection run")
-    add("--max-copies", type=value(SHARE), default=0.01, metavar="X", help="share that is allowed (default: "
-        "%(default)s)")
+    add("--max-copies", type=value(SHARE), default=0.01, metavar="X", help="share that is allowed; of an audit, beyond "
+        "the base's (default: %(default)s)")
     add("--confidence", type=value(SHARE), default=0.95, metavar="X", help="of the upper end (default: %(default)s)")
     add("--epoch", metavar="NAME", help="of an audit (default: its last)")
     # fmt: on

@@ -5,17 +5,18 @@ from __future__ import annotations
 from scipy.stats import beta
 
 
-def upper_end(hits: int, trials: int, confidence: float = 0.95) -> float:
+def upper_end(hits: float, trials: int, confidence: float = 0.95) -> float:
     """The one-sided upper end of a share of which ``hits`` of ``trials`` were seen (Clopper and Pearson, 1934).
 
     The largest share under which so few hits are seen with a probability of at least 1 - ``confidence``. With no hits
     it is 1 - (1 - confidence) ** (1 / trials). It also holds where the trials' shares differ and the mean of them is
-    asked for: a sum of such trials varies less than a binomial one (Hoeffding, 1956).
+    asked for: a sum of such trials varies less than a binomial one (Hoeffding, 1956). ``hits`` may be a fraction, as of
+    a share that is carried over to other trials.
     """
     return 1.0 if hits >= trials else float(beta.ppf(confidence, hits + 1, trials - hits))
 
 
-def lower_end(hits: int, trials: int, confidence: float = 0.95) -> float:
+def lower_end(hits: float, trials: int, confidence: float = 0.95) -> float:
     """The one-sided lower end, likewise."""
     return 0.0 if hits <= 0 else float(beta.ppf(1 - confidence, hits, trials - hits + 1))
 

@@ -40,19 +40,32 @@ def header_of(path: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         InputError: it is no whole file in safetensors, or holds no plain LoRA.
     """
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: only safetensors are loaded")
-    read_file(path)  # says what is wrong with the file itself
-    try:
-        with safe_open(path, "pt") as file:  # which says, too, how long the file is
-            names, noted = list(file.keys()), file.metadata() or {}
-    except Exception as error:  # safetensors raises its own kinds
-        raise InputError(f"{path}: no whole file in safetensors ({in_short(error)})") from None
+    names, noted = _header(path)
     if not any(map(DOWN.fullmatch, names)):
         raise InputError(f"{path}: holds no LoRA; give an adapter, or the folder of a fine-tuned checkpoint")
     if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
         raise InputError(f"{path}: a DoRA; only plain LoRAs can be read")  # diffusers would drop its magnitudes
     return names, noted
+
+
+def holds_lora(path: Path) -> bool:
+    """Whether any tensor of a file is a LoRA's; of an optimizer's state, an embedding or a VAE none is.
+
+    Raises:
+        InputError: it is no whole file in safetensors.
+    """
+    return any(map(DOWN.fullmatch, _header(path)[0]))
+
+
+def _header(path: Path) -> tuple[list[str], dict[str, str]]:
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: only safetensors are loaded")
+    read_file(path)  # says what is wrong with the file itself
+    try:
+        with safe_open(path, "pt") as file:  # which says, too, how long the file is
+            return list(file.keys()), file.metadata() or {}
+    except Exception as error:  # safetensors raises its own kinds
+        raise InputError(f"{path}: no whole file in safetensors ({in_short(error)})") from None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from memorization.audit.engine import picture_file
 from memorization.errors import InputError
 from memorization.io.files import read_json
-from memorization.report.common import interval, made_by
+from memorization.report.common import interval, is_audit, made_by
 from memorization.report.page import Curve, Page, Point, Shown, Table
 
 EVIDENCE = (
@@ -22,12 +22,26 @@ EVIDENCE = (
 
 def fits(folder: Path, record: dict) -> bool:
     """Whether the folder holds an audit."""
-    return (folder / "audit.json").is_file()
+    return is_audit(record)
+
+
+def findings_of(folder: Path, record: dict, shown: Shown) -> dict:
+    """``audit.json``; where names are left out, epochs are called by their number and the hash of what they hold."""
+    found = read_json(folder / "audit.json")
+    if not shown.hashed:
+        return found
+    names = {one["name"]: f"{number} ({shown.text(one['revision'])})" for number, one in enumerate(record["epochs"], 1)}
+    for one in found["epochs"]:
+        one["name"] = names.get(one["name"], one["name"])  # the base stays
+    for picture in found["pictures"]:
+        picture["epochs"] = {names[name]: one for name, one in picture["epochs"].items()}
+        picture["copied_from"] = names.get(picture["copied_from"])
+    return {**found, "recommended": names.get(found["recommended"])}
 
 
 def page(folder: Path, record: dict, shown: Shown) -> Page:
     """The report of the audit in ``folder``."""
-    found = read_json(folder / "audit.json")
+    found = findings_of(folder, record, shown)
     epochs = found["epochs"][1:]
     if not epochs:
         raise InputError(f"{folder}: no epoch is complete yet; the same command goes on with the audit")
@@ -35,13 +49,18 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
     hashes = {name: one["sha256"] for name, one in files.items()}
     last = epochs[-1]["name"]
     return Page(
-        title=f"Audit of a fine-tune of {record['settings']['model']}",
+        title=f"Audit of a fine-tune of {shown.text(record['settings']['model'])}",
         summary=summary(found, last),
         curves=[curve(found)],
         pairs=copies(folder, found, files, shown),
         pairs_title="Copies: training picture, and what was generated",
         tables=[epochs_table(found), pictures_table(found, last, hashes, shown)],
-        method=[*limits(found), ("Training set", record["settings"]["training"]), *adapters(record), *made_by(record)],
+        method=[
+            *limits(found),
+            ("Training set", record["settings"]["training"]),
+            adapters(found, record),
+            *made_by(record, shown),
+        ],
         evidence=EVIDENCE,
     )
 
@@ -61,12 +80,13 @@ def summary(found: dict, last: str) -> list[str]:
         f"{base['copies']} of {base['pictures']}.",
     ]
     if first:
-        said.append(f"The first copies appear at epoch {min(first, key=order.index)}.")
+        said.append(f"The first epoch at which a training picture counts as copied is {min(first, key=order.index)}; "
+                    "single copies, which may be chance, count as a risk alone.")  # fmt: skip
     if found["recommended"]:
-        said.append(f"Recommended epoch: {found['recommended']}, the last whose share of copies is not above what the "
-                    "base itself may reach.")  # fmt: skip
+        said.append(f"Recommended epoch: {found['recommended']}, the last that is not seen to copy: no picture counts "
+                    "as copied, and the share of copies is not above what the base may reach.")  # fmt: skip
     else:
-        said.append("No epoch can be recommended: every one copies more than the base itself may.")
+        said.append("No epoch can be recommended: every one is seen to copy.")
     return said
 
 
@@ -118,7 +138,7 @@ def pictures_table(found: dict, last: str, hashes: dict, shown: Shown) -> Table:
             one["verdict"], picture["copied_from"] or "", f"{one['copies']} of {one['pictures']}", one["from_others"],
             f"{one[found['signal']]:.4g}",
         ])  # fmt: skip
-    columns = ["training picture", "caption", "verdict", "copied from epoch", "copies, own prompts",
+    columns = ["training picture", "caption", "verdict", "first copied at epoch", "copies, own prompts",
                "copies, other prompts", found["signal"]]  # fmt: skip
     return Table(f"Training pictures at epoch {last}", columns, rows)
 
@@ -132,6 +152,8 @@ def limits(found: dict) -> list[tuple[str, str]]:
     ]
 
 
-def adapters(record: dict) -> list[tuple[str, str]]:
+def adapters(found: dict, record: dict) -> tuple[str, str]:
     """The epochs by their hashes."""
-    return [("Epochs", "; ".join(f"{one['name']} {one['revision']}" for one in record["epochs"]))]
+    names = [one["name"] for one in found["epochs"][1:]]
+    revisions = [one["revision"] for one in record["epochs"]]
+    return "Epochs", "; ".join(f"{name} {revision}" for name, revision in zip(names, revisions, strict=True))

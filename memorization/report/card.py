@@ -7,18 +7,18 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from memorization.io.tables import markdown
-from memorization.report.page import Page, Table
+from memorization.report.page import Page, Shown, Table
 
 
-def card(page: Page, found: dict | None, record: dict) -> str:
+def card(page: Page, found: dict | None, record: dict, shown: Shown) -> str:
     """The metadata block and the section.
 
     Args:
         found: of an audit; None of another run, whose section has no metrics.
     """
     model = record["settings"]["model"]
-    name = record["epochs"][-1]["name"] if found else model
-    base = model if found and not Path(model).exists() else None  # the hub takes ids alone
+    name = found["epochs"][-1]["name"] if found else shown.text(model)
+    base = model if found and not shown.hashed and not Path(model).exists() else None  # the hub takes ids alone
     data = ModelCardData(model_name=name, base_model=base, tags=["memorization"],
                          eval_results=results(found, record) if found else None)  # fmt: skip
     tables = [f"### {table.title}\n\n{as_markdown(table)}" for table in page.tables[:1]] if found else []

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
-from memorization.evaluation.runs import score_names
+from memorization.errors import InputError
+from memorization.evaluation.runs import read_run_record, score_names
+from memorization.io.files import is_file, read_lines
+from memorization.report.page import Shown
+
+LINES = ("scores.jsonl", "mitigations.jsonl")  # of the kinds of runs; each has one of them
 
 
-def made_by(record: Mapping) -> list[tuple[str, str]]:
+def complete_record(folder: Path) -> dict:
+    """The ``run.json`` of a run that is complete.
+
+    Raises:
+        InputError: the folder holds no run, or one that was stopped, killed or begun anew, or is being made.
+    """
+    record = read_run_record(folder)
+    counts = [len(read_lines(folder / name)[0]) for name in LINES if is_file(folder / name)]
+    whole = [record.get("lines", count) for count in counts] == counts
+    if record["status"] != "complete" or not whole or (is_audit(record) and not is_file(folder / "audit.json")):
+        raise InputError(f"{folder}: this run is not complete; the command that made it goes on with it")
+    return record
+
+
+def is_audit(record: Mapping) -> bool:
+    """Whether a run is an audit."""
+    return "tries" in record["settings"]
+
+
+def made_by(record: Mapping, shown: Shown) -> list[tuple[str, str]]:
     """Settings, versions, dates and hashes of a run, as its ``run.json`` has them."""
     last = (record.get("sessions") or [{}])[-1]
     settings = record["settings"]
     known = {
-        "Model": settings.get("model"),
+        "Model": shown.text(settings["model"]),
         "Hashes of the model": as_text(settings.get("revision")),
         "Versions": as_text(last.get("versions")),
         "Commit": last.get("git_commit"),

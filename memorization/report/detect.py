@@ -28,7 +28,8 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
     first = names[0] if names else None
     ranked = sorted(rows, key=lambda row: -noise_mean(row[first])) if first else rows
     flagged = [first and threshold is not None and noise_mean(row[first]) >= threshold for row in ranked]
-    said = [f"{len(rows)} prompts were scored on {record['settings']['model']}."]
+    model = shown.text(record["settings"]["model"])
+    said = [f"{len(rows)} prompts were scored on {model}."]
     if threshold is not None:
         said.append(f"{sum(map(bool, flagged))} of them are flagged as memorized: their {first} is {threshold:.4g} or "
                     "more.")  # fmt: skip
@@ -41,5 +42,5 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
     )  # fmt: skip
     limit = [] if threshold is None else [(f"Limit: {first} of at least", f"{threshold:.4g}: from the calibration")]
     method = [*limit, ("Detectors", as_text(record["settings"]["detectors"])),
-              ("Prompts", as_text(record["settings"].get("prompts"))), *made_by(record)]  # fmt: skip
-    return Page(f"Detection on {record['settings']['model']}", said, method, EVIDENCE, tables=[table])
+              ("Prompts", as_text(record["settings"].get("prompts"))), *made_by(record, shown)]  # fmt: skip
+    return Page(f"Detection on {model}", said, method, EVIDENCE, tables=[table])

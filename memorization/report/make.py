@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from memorization.errors import InputError
-from memorization.evaluation.runs import read_run_record
-from memorization.io.files import read_json, write_atomically
+from memorization.io.files import write_atomically
 from memorization.report import audit, detect, mitigate
 from memorization.report.card import card
+from memorization.report.common import complete_record, is_audit
 from memorization.report.page import Page, Shown, html
 
 KINDS = (audit, mitigate, detect)  # the first that fits
@@ -18,9 +18,9 @@ def read(folder: Path, hashed: bool) -> tuple[Page, dict]:
     """The page of the run in ``folder``, and its record.
 
     Raises:
-        InputError: it holds no run that a report can be made of, or a damaged one.
+        InputError: it holds no run that a report can be made of, one that is not complete, or a damaged one.
     """
-    record = read_run_record(folder)
+    record = complete_record(folder)
     kind = next((kind for kind in KINDS if kind.fits(folder, record)), None)
     if kind is None:
         raise InputError(f"{folder}: no audit, detection or mitigation that a report can be made of")
@@ -41,5 +41,5 @@ def write_report(folder: Path, hashed: bool) -> Path:
 def model_card(folder: Path, hashed: bool) -> str:
     """The section of a model card, with its metadata."""
     page, record = read(folder, hashed)
-    found = read_json(folder / "audit.json") if audit.fits(folder, record) else None
-    return card(page, found, record)
+    shown = Shown(hashed)
+    return card(page, audit.findings_of(folder, record, shown) if is_audit(record) else None, record, shown)

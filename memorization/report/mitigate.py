@@ -28,7 +28,8 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
     rows, _ = read_lines(folder / LINES)
     measures = [key.removesuffix("_after") for key in rows[0] if key.endswith("_after")] if rows else []
     settings = record["settings"]
-    said = [f"{len(rows)} prompts of {settings['model']} were mitigated by {settings['method']}."]
+    model = shown.text(settings["model"])
+    said = [f"{len(rows)} prompts of {model} were mitigated by {settings['method']}."]
     said += [f"{name}: {mean_of(rows, name, 'before'):.3f} before, {mean_of(rows, name, 'after'):.3f} after (means)."
              for name in measures]  # fmt: skip
     pairs = [
@@ -43,7 +44,7 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
            for name in measures for when in ("before", "after"))] for row in rows
     ])  # fmt: skip
     return Page(
-        f"Mitigation on {settings['model']}", said, [("Method", settings["method"]), *made_by(record)], EVIDENCE,
+        f"Mitigation on {model}", said, [("Method", settings["method"]), *made_by(record, shown)], EVIDENCE,
         pairs=[pair for pair in pairs if pair is not None], pairs_title="Before and after", tables=[table],
     )  # fmt: skip
 

@@ -102,14 +102,14 @@ class Shown:
     """How prompts, files and pictures are shown: as they are, or by their hashes alone.
 
     Args:
-        hashed: leave out pictures, prompts and the names of files.
+        hashed: leave out pictures, prompts and the names of files, models and epochs.
     """
 
     def __init__(self, hashed: bool) -> None:
         self.hashed = hashed
 
     def text(self, text: str) -> str:
-        """A prompt or the name of a file."""
+        """A prompt, or the name of a file or model."""
         if not self.hashed:
             return text
         return f"sha256:{hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
