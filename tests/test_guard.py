@@ -51,6 +51,12 @@ def scores_of(pipe, **options):
     return [verdict.score for verdict in guard.verdicts]
 
 
+@pytest.fixture(scope="module")
+def plain(pipe):
+    """What it draws unguarded, as latents, and a threshold that flags two of them."""
+    return draw(pipe, output_type="latent"), between(scores_of(pipe))
+
+
 def between(scores):
     """A threshold that flags two of four."""
     low, high = sorted(scores)[1:3]
@@ -62,8 +68,13 @@ def same(left, right):
 
 
 # ---------------------------------------------------------------- nothing flagged, nothing changed
-def test_unflagged_and_released_pictures_are_the_same_to_the_bit(any_pipe):
-    plain = draw(any_pipe)
+@pytest.fixture(scope="module")
+def any_plain(any_pipe):
+    return draw(any_pipe)
+
+
+def test_unflagged_and_released_pictures_are_the_same_to_the_bit(any_pipe, any_plain):
+    plain = any_plain
     with protect(any_pipe, NEVER, action=("reseed", "refuse")) as guard:
         assert all(same(draw(any_pipe), plain))
     assert [verdict.flagged for verdict in guard.verdicts] == [False] * 4
@@ -72,10 +83,9 @@ def test_unflagged_and_released_pictures_are_the_same_to_the_bit(any_pipe):
     assert all(same(draw(any_pipe), plain))
 
 
-def test_only_flagged_rows_change(any_pipe):
-    plain, threshold = draw(any_pipe), between(scores_of(any_pipe))
-    with protect(any_pipe, threshold, action="blank") as guard:
-        kept = same(draw(any_pipe), plain)
+def test_only_flagged_rows_change(any_pipe, any_plain):
+    with protect(any_pipe, between(scores_of(any_pipe)), action="blank") as guard:
+        kept = same(draw(any_pipe), any_plain)
     assert kept == [not verdict.flagged for verdict in guard.verdicts] and sum(kept) == 2
 
 
@@ -113,7 +123,8 @@ def test_schedulers_of_every_kind_go_on_as_they_are(pipe):
             "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler",
         )]:  # fmt: skip
             pipe.scheduler = cls.from_config(own.config)
-            steps = {"num_inference_steps": 6}  # PNDM takes no fewer
+            many = cls.__name__ == "PNDMScheduler"  # which takes no fewer
+            steps = {"num_inference_steps": 6 if many else 3, "output_type": "latent"}
             plain, threshold = draw(pipe, **steps), between(scores_of(pipe, **steps))
             with protect(pipe, threshold, action="reseed", tries=8) as guard:
                 kept = same(draw(pipe, **steps), plain)
@@ -123,14 +134,14 @@ def test_schedulers_of_every_kind_go_on_as_they_are(pipe):
         pipe.scheduler = own
 
 
-def test_a_compiled_denoiser_is_guarded(pipe):
-    threshold, unet = between(scores_of(pipe)), pipe.unet
+def test_a_compiled_denoiser_is_guarded(pipe, plain):
+    (plain, threshold), unet = plain, pipe.unet
     pipe.unet = torch.compile(unet)
     try:
         with torch.compiler.set_stance("force_eager"):  # where the hooks lie is tested, not the compiler
-            plain = draw(pipe)
+            assert all(same(draw(pipe, output_type="latent"), plain))
             with protect(pipe, threshold, action="blank") as guard:
-                kept = same(draw(pipe), plain)
+                kept = same(draw(pipe, output_type="latent"), plain)
         assert kept == [not verdict.flagged for verdict in guard.verdicts] and sum(kept) == 2
     finally:
         pipe.unet = unet
@@ -194,10 +205,9 @@ def test_several_steps_are_averaged(pipe):
 
 
 # ---------------------------------------------------------------- actions
-def test_warn_draws_and_says_so(pipe):
-    plain = draw(pipe)
+def test_warn_draws_and_says_so(pipe, plain):
     with protect(pipe, 0), pytest.warns(GuardWarning, match="drawn as it is"):
-        assert all(same(draw(pipe), plain))
+        assert all(same(draw(pipe, output_type="latent"), plain[0]))
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
@@ -218,10 +228,9 @@ def test_reseed_is_drawing_from_that_noise(scheduler):
     assert verdict.is_safe and verdict.score_after < score
 
 
-def test_reseed_keeps_the_lowest_where_none_is_low_enough(pipe):
-    plain = draw(pipe)
+def test_reseed_keeps_the_lowest_where_none_is_low_enough(pipe, plain):
     with protect(pipe, 0, action="reseed", tries=1) as guard:
-        kept = same(draw(pipe), plain)
+        kept = same(draw(pipe, output_type="latent"), plain[0])
     for verdict, stayed in zip(guard.verdicts, kept, strict=True):
         assert not verdict.is_safe and stayed == (verdict.score_after is None)
         assert stayed or verdict.score_after < verdict.score
@@ -234,8 +243,8 @@ def test_actions_follow_one_another(pipe):
     assert all("noise" in verdict.done and "left blank" in verdict.done for verdict in guard.verdicts)
 
 
-def test_refuse_says_which_and_why(pipe):
-    with protect(pipe, between(scores_of(pipe)), action="refuse") as guard, pytest.raises(Refused) as refused:
+def test_refuse_says_which_and_why(pipe, plain):
+    with protect(pipe, plain[1], action="refuse") as guard, pytest.raises(Refused) as refused:
         draw(pipe)
     assert [verdict.action for verdict in guard.verdicts].count("refuse") == 2
     assert len(refused.value.verdicts) == 2 and "given by the caller" in str(refused.value)
@@ -259,10 +268,10 @@ def test_blank_pictures_of_every_kind(pipe, kind):
     [("noise_norm", {"target": 1, "iterations": 4}), ("sail", {"target": 1, "iterations": 4}), ("gni", {}),
      ("rna", {}), ("static_transition", {}), ("dynamic_transition", {}), ("attention_rescale", {})],
 )  # fmt: skip
-def test_mitigate_acts_on_flagged_rows_alone(pipe, method, settings):
-    plain, threshold = draw(pipe), between(scores_of(pipe))
+def test_mitigate_acts_on_flagged_rows_alone(pipe, plain, method, settings):
+    plain, threshold = plain
     with protect(pipe, threshold, action="mitigate", mitigation=method, settings=settings) as guard:
-        kept = same(draw(pipe), plain)
+        kept = same(draw(pipe, output_type="latent"), plain)
     assert kept == [not verdict.flagged for verdict in guard.verdicts] and sum(kept) == 2
     if settings:
         assert all(verdict.score_after < verdict.score for verdict in guard.verdicts if verdict.flagged)
@@ -381,6 +390,10 @@ def test_thresholds_are_refused_for_anything_else(pipe, tmp_path):
         pipe.scheduler = own
     with pytest.raises(InputError, match="1 steps, not 2"):
         protect(pipe, known, steps=2)
+
+
+def test_pictures_of_a_prompt_count_once(pipe):
+    assert calibrated(pipe, num_images_per_prompt=3) == calibrated(pipe)
 
 
 def test_too_few_prompts_for_a_rate_are_refused(pipe):

@@ -90,12 +90,14 @@ class Host:
         self.function, self.options = function, options
 
 
-def step(sigma, difference=2.0):
-    """What a host gives: the first of two pictures is pulled by ``difference``."""
+def step(sigma, difference=2.0, sigmas=None, **more):
+    """What a host gives: the first of two pictures is pulled by ``difference``; ``sigmas`` are those of the sampling,
+    where it says them."""
+    options = {} if sigmas is None else {"transformer_options": {"sample_sigmas": sigmas}}
     uncond = torch.zeros(2, 4, 3, 3)
     cond = uncond + torch.tensor([difference, 0.1]).view(2, 1, 1, 1)
     return {"cond_denoised": cond, "uncond_denoised": uncond, "denoised": 7 * cond, "sigma": torch.tensor([sigma] * 2),
-            "input": uncond}  # fmt: skip
+            "input": uncond, "model_options": options, "cond": [], "uncond": [], **more}  # fmt: skip
 
 
 def test_a_host_is_warned_at_each_first_step_alone():
@@ -110,6 +112,59 @@ def test_a_host_is_warned_at_each_first_step_alone():
     assert guard.verdicts[0].score == 2.0  # later steps are not read
     with pytest.raises(InputError, match="not one of"):
         PostGuidance(1.0, "reseed")
+
+
+def reads(*calls):
+    """At which of the calls a guard reads the score."""
+    guard, found = PostGuidance(1e9, say=lambda line: None), []
+    for call in calls:
+        before = guard.verdicts
+        guard(call)
+        found.append(guard.verdicts is not before)
+    return found
+
+
+def test_a_generation_begins_with_sigmas_of_its_own():
+    """As ComfyUI says them, whatever sigma does in between; a sampling of the same length may begin lower."""
+    first, second, third = (torch.tensor(sigmas) for sigmas in ([14.6, 5.0, 0.0], [14.6, 5.0, 0.0], [3.0, 1.0, 0.0]))
+    sigmas = [(14.6, first), (14.6, first), (5.0, first), (12.0, first),  # two calls at the first step; a restart
+              (14.6, second), (14.6, third), (3.0, third)]  # broken off at once; from a picture  # fmt: skip
+    assert reads(*(step(sigma, sigmas=own) for sigma, own in sigmas)) == [1, 0, 0, 0, 1, 1, 0]
+    assert reads(step(14.6, sigmas=first), step(5.0, sigmas=first), step(14.6, sigmas=first)) == [1, 0, 1]  # kept
+    assert reads(step(5.0, sigmas=first), step(3.0, sigmas=third)) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "begins"),
+    [
+        ([14.6, 14.6, 5.0, 1.0], [1, 0, 0, 0]),  # two calls at the first step
+        ([14.6, 5.0, 5.0 * 2**0.5, 1.0, 1.0 * 2**0.5, 0.1], [1, 0, 0, 0, 0, 0]),  # Heun with churn
+        ([14.6, 5.0, 0.03, 3.0, 1.0, 14.6], [1, 0, 0, 1, 0, 1]),  # from a picture in between
+        ([14.6, 5.0, 14.6, 5.0], [1, 0, 1, 0]),  # broken off
+        ([1.0, 0.9, 0.1, 0.6, 0.2], [1, 0, 0, 1, 0]),  # a flow
+    ],
+)
+def test_elsewhere_sigma_tells_where_a_generation_begins(sigmas, begins):
+    assert reads(*map(step, sigmas)) == begins
+
+
+def test_a_generation_that_begins_low_says_so_and_is_not_mitigated():
+    said = []
+    guard = PostGuidance(1.0, "mitigate", say=said.append)
+    args = step(1.5)
+    assert guard(args) is args["denoised"]
+    (line,) = said
+    assert "read at sigma 1.5" in line and "drawn as it is, since it begins below sigma 2.75" in line
+    assert guard.verdicts[0].action == "warn" and not guard.verdicts[0].is_safe
+
+
+def test_what_cannot_be_judged_is_said(pipe):
+    for args, words in ((step(14.6, uncond=None), "no unconditional prediction"),
+                        (step(14.6, difference=float("nan")), "not finite")):  # fmt: skip
+        said = []
+        guard = PostGuidance(1.0, "mitigate", say=said.append)
+        assert guard(args) is not None and torch.equal(guard(step(5.0)), step(5.0)["denoised"])
+        assert guard.verdicts == [] and len(said) == 1 and words in said[0]
 
 
 def test_a_host_draws_flagged_pictures_without_guidance_at_first():

@@ -64,7 +64,8 @@ def calibrate(
         steps: whose scores are averaged.
         generator: of the noise; default: one of seed 51, on the CPU.
         batch_size: prompts to a call of the pipeline.
-        options: of the pipeline's call, as they will be in use: ``num_inference_steps``, ``guidance_scale``, ...
+        options: of the pipeline's call, as they will be in use: ``num_inference_steps``, ``guidance_scale``, ... But
+            for ``num_images_per_prompt``, which is 1: pictures of one prompt are not independent, and prompts count.
 
     Raises:
         InputError: too few prompts for the rate, a score is not finite, or the pipeline is of no known family.
@@ -76,7 +77,7 @@ def calibrate(
     try:
         for start in tqdm(range(0, len(chosen), batch_size), desc="calibrate", unit="batch"):
             batch = chosen[start : start + batch_size]
-            scores += reader.scores(batch, generator, **options)
+            scores += reader.scores(batch, generator, **{**options, "num_images_per_prompt": 1})
         fixed = fixed_conditions(pipe, reader.family)
     finally:
         reader.release()
