@@ -11,7 +11,7 @@ LIST = Path(__file__).resolve().parent.parent / "prompts" / "testbed.csv"
 
 def main() -> None:
     prompts = pd.read_csv(LIST)
-    prompts = prompts[prompts["split"] == "test"].groupby("label").head(30)  # 30 memorized, 30 not
+    prompts = prompts[prompts["split"] == "test"].groupby("label").head(15)  # 15 memorized, 15 not
     model = mem.load("testbed-eps")  # a name, a folder in diffusers format, or a hub id
     frame = mem.score(model, prompts, detectors=["anisotropy", "noise_norm"], noises=2)
     frame["score"] = frame["anisotropy"].map(lambda values: sum(values) / len(values))  # a value a noise
