@@ -12,6 +12,7 @@ from memorization.evaluation.calibration import CalibratedDetector, Calibration
 from memorization.io.files import read_json
 from memorization.io.pictures import read_picture
 from memorization.io.prompts import read_prompts
+from memorization.mitigations.cwr import WordRepetition
 from memorization.mitigations.gni import EmbeddingNoise
 from memorization.runs.store import ResultStore
 from memorization.similarity import judge
@@ -154,6 +155,7 @@ def test_a_comparison_takes_measures_from_outside(tmp_path, monkeypatch):
         return pictures.mean((1, 2, 3)) / 255
 
     monkeypatch.setattr(judge, "find_weights", lambda: None)
+    monkeypatch.setattr(WordRepetition, "strengths", (1, 4))
     command = ("--model", "testbed-eps", "--memorized", 1, "--ordinary", 1, "--steps", 3, "--noises", 1, "--methods",
                "cwr", "--resamples", 100, "--out", tmp_path)  # fmt: skip
     mitigation_tradeoff.main(list(map(str, command)), {"brightness": brightness})

@@ -1,6 +1,7 @@
 """mitigate_mem.py and the comparison of mitigations, on the shipped model and a few prompts."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def test_flagged_prompts_are_mitigated(run_script, fast, prompts, tmp_path, caps
 def test_a_killed_run_goes_on_to_the_same(run_script, fast, prompts, tmp_path, monkeypatch):
     command = (*fast, "--prompts", prompts, "--all", "--method", "cwr")
     run_script(mitigate_mem, *command, "--batch-size", 2, "--out", tmp_path / "whole")  # two prompts at once
-    run_script(mitigate_mem, *command, "--batch-size", 2, "--out", tmp_path / "killed")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     log = tmp_path / "killed" / "mitigations.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*/*")}
