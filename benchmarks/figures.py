@@ -20,7 +20,7 @@ SCORES = ("norm", "cosine", "anisotropy")
 class Figures:
     """Rows of a JSON file, which is replaced as a whole with each new one: a killed run keeps what it has.
 
-    The same command goes on with a file that lacks rows; those that ended in an error are tried again.
+    The same command goes on with a file that lacks rows; errors and failed tests are tried again.
 
     Args:
         about: what all rows hold for (the card, the versions). A file about something else is refused.
@@ -41,7 +41,7 @@ class Figures:
         if found.get("about") != about:
             raise InputError(f"{path}: holds figures of another card or other versions; --overwrite, or another --out")
         self._record = {**found, "sessions": [*found["sessions"], environment()]}
-        self.rows = [row for row in found["rows"] if "error" not in row]
+        self.rows = [row for row in found["rows"] if "error" not in row and not row.get("failed")]
 
     def measure(self, what: dict, work: Callable[[], dict], seconds: float = 5) -> None:
         """Add the row ``{**what, **work()}``, unless it is there or less than ``seconds`` are left.
@@ -103,7 +103,8 @@ def _speed_row(row: dict, plain: float | None) -> dict:
     """A line of the table; ``plain`` are the seconds a prompt of the plain loop."""
     prompt, share, memory = row.get("seconds a prompt"), row.get("share of peak"), row.get("peak memory, GiB")
     return {
-        **{name: row[name] for name in ("network", "dtype", "what", "how", "batch")},
+        **{name: row[name] for name in ("network", "dtype", "what", "how")},
+        "batch": row.get("batch used", row["batch"]),
         "ms a row": f"{1000 * row['seconds a row']:.3g}" if "seconds a row" in row else row["error"],
         "ms a prompt": f"{1000 * prompt:.3g}" if prompt else "",
         "times the plain loop": f"{plain / prompt:.3g}" if prompt and plain else "",

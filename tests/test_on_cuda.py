@@ -15,13 +15,13 @@ from benchmarks.figures import Figures, speed_rows
 from memorization.errors import InputError
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests it would start run here anyway")
-def test_smoke_goes_the_whole_way(run_script, tmp_path, capsys):
+def test_smoke_goes_the_whole_way(run_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(on_cuda, "run_tests", lambda: {"failed": [], "tests": {"test_a": "passed"}})
     run_script(on_cuda, "--smoke", "--out", tmp_path / "new" / "figures.json")
     rows = json.loads((tmp_path / "new" / "figures.json").read_text())["rows"]
     assert not [row for row in rows if "error" in row]
     parts = {name: [row for row in rows if row["part"] == name] for name in ("tests", "scores", "speed")}
-    assert set(parts["tests"][0]["tests"].values()) == {"skipped"} and len(parts["scores"]) == 6
+    assert parts["tests"][0]["tests"] == {"test_a": "passed"} and len(parts["scores"]) == 6
     for row in parts["scores"]:
         assert (row["norm"]["largest relative difference"] == 0) == (row["dtype"] == "float32")
         assert 0.9 < row["norm"]["Spearman"] <= 1 and 0 <= row["norm"]["AUC on the CPU"] <= 1
@@ -33,6 +33,26 @@ def test_smoke_goes_the_whole_way(run_script, tmp_path, capsys):
     assert all(row["relative difference"] < 0.02 for row in parts["speed"] if row["what"] == figures.BARE)
     said = capsys.readouterr().out
     assert "AUC difference" in said and "times the plain loop" in said
+
+
+def test_only_marked_tests_are_run_and_their_ends_are_noted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("""
+import pytest
+@pytest.mark.cuda
+def test_good(): pass
+@pytest.mark.cuda
+def test_bad(): assert 1 == 2
+@pytest.mark.cuda
+@pytest.mark.skip
+def test_skipped(): pass
+def test_unmarked(): pass
+""")
+    (tmp_path / "tests" / "test_b.py").write_text("raise SystemError\n")  # has no marked test, and is not imported
+    monkeypatch.setattr(on_cuda, "ROOT", tmp_path)
+    found = on_cuda.run_tests()
+    assert found["tests"] == {"test_good": "passed", "test_bad": "failure", "test_skipped": "skipped"}
+    assert found["failed"] == ["test_bad"] and "1 == 2" in capsys.readouterr().err
 
 
 def test_without_a_card_one_line_says_so(run_script, monkeypatch):
@@ -64,6 +84,9 @@ def test_figures_are_kept_row_by_row_and_gone_on_with(tmp_path):
     for row in (1, 2, 3):
         again.measure({"row": row}, work)
     assert [row["value"] for row in again.rows] == [1, 2, 3] and not again.failed and not again.left
+    again.measure({"row": 4}, lambda: {"failed": ["test_a"]})
+    assert again.failed == [{"row": 4, "failed": ["test_a"]}]
+    assert [row["row"] for row in Figures(path, {"card": "A"}, 100).rows] == [1, 2, 3]
     with pytest.raises(InputError, match="another card"):
         Figures(path, {"card": "B"}, 100)
     assert Figures(path, {"card": "B"}, 100, overwrite=True).rows == []
@@ -84,11 +107,11 @@ def test_the_table_divides_by_the_plain_loop_and_keeps_the_fastest():
         {**common, "what": figures.PLAIN, "batch": 2, "seconds a row": 0.01, "seconds a prompt": 0.08},
         {**common, "what": figures.TOOL, "batch": 8, "seconds a row": 0.004, "seconds a prompt": 0.008},
         {**common, "what": figures.TOOL, "batch": 64, "seconds a row": 0.002, "seconds a prompt": 0.004,
-         "share of peak": 0.5},
+         "share of peak": 0.5, "batch used": 32},
         {**common, "what": figures.TOOL, "batch": 128, "error": "OutOfMemoryError: no"},
     ]  # fmt: skip
     assert [row["times the plain loop"] for row in speed_rows(rows)] == ["1", "10", "20", ""]
-    assert [row["batch"] for row in speed_rows(rows, best=True)] == [2, 64]
+    assert [row["batch"] for row in speed_rows(rows, best=True)] == [2, 32]
     assert [row["ms a row"] for row in speed_rows(rows)] == ["10", "4", "2", "OutOfMemoryError: no"]
 
 
@@ -105,6 +128,17 @@ def test_flops_are_those_of_the_products_and_of_attention():
     query, key = torch.ones(1, 2, 8, 4), torch.ones(1, 2, 16, 4)
     found = denoisers.flops_of(lambda: scaled_dot_product_attention(query, key, key) @ torch.ones(4, 5))
     assert found == 2 * (2 * 8 * 16 * 4) * 2 + 2 * 8 * 4 * 5 * 2
+
+
+@torch.no_grad()
+def test_calls_of_the_batch_alone_go_through_the_fast_call(tiny_eps):
+    latents, embeds = tiny_eps.pure_noise(2, 1), tiny_eps.embed(["a kite", "a boat"])
+    expected = [tiny_eps.predict_noise(latents[:n], 41, embeds[:n]) for n in (1, 2)]
+    plain = denoisers.plain_call(tiny_eps.unet)
+    with denoisers.in_place(tiny_eps.unet, lambda **given: 2 * plain(**given), 2):
+        assert torch.equal(tiny_eps.predict_noise(latents[:1], 41, embeds[:1]), expected[0])
+        assert torch.equal(tiny_eps.predict_noise(latents, 41, embeds), 2 * expected[1])
+    assert torch.equal(tiny_eps.predict_noise(latents, 41, embeds), expected[1])
 
 
 @pytest.mark.parametrize("name", figures.NETWORKS)
