@@ -20,13 +20,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.denoisers import SD14  # noqa: E402
 from local_sd_pipeline import LocalStableDiffusionPipeline  # noqa: E402
 from memorization.detectors.base import make_detectors  # noqa: E402
 from memorization.flags import ArgumentParser, run_script  # noqa: E402
@@ -48,20 +49,16 @@ def random_sd14(dtype: torch.dtype, device: torch.device) -> LocalStableDiffusio
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     pipe = LocalStableDiffusionPipeline(
-        None, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(beta_schedule="scaled_linear"), None, None,
-        requires_safety_checker=False,
+        None, CLIPTextModel(text).eval(), tokenizer, SD14.make(device, dtype),
+        DDIMScheduler(beta_schedule="scaled_linear"), None, None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.to(device, dtype)
-    pipe.unet.to(memory_format=torch.channels_last).eval()
-    pipe.text_encoder.eval()
-    return pipe
+    return pipe.to(device, dtype)
 
 
-def now(pipe: LocalStableDiffusionPipeline) -> float:
+def now(device: torch.device) -> float:
     """The clock, once the device has done what it was given."""
-    if pipe.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -69,7 +66,7 @@ def now(pipe: LocalStableDiffusionPipeline) -> float:
 @torch.inference_mode()
 def plain_loop(pipe: LocalStableDiffusionPipeline, prompts: list[str]) -> float:
     """Seconds of (a)."""
-    started = now(pipe)
+    started = now(pipe.device)
     high, low = pipe.detection_timesteps()[0], pipe.detection_timesteps()[-3]
     for prompt in prompts:
         embeds = torch.cat([pipe.embed([""]), pipe.embed([prompt])])
@@ -77,18 +74,18 @@ def plain_loop(pipe: LocalStableDiffusionPipeline, prompts: list[str]) -> float:
         for timestep in (high, low, high, low):
             uncond, cond = pipe.predict_noise(doubled, timestep, embeds).chunk(2)
             (cond - uncond).norm().item()
-    return now(pipe) - started
+    return now(pipe.device) - started
 
 
-def this_tool(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: int) -> float:
-    """Seconds of (b)."""
-    started = now(pipe)
+def this_tool(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: int) -> tuple[float, int]:
+    """Seconds of (b), and the batch size that memory allowed."""
+    started = now(pipe.device)
     detectors = make_detectors(["anisotropy", "noise_norm"], {})
     with tempfile.TemporaryDirectory() as folder, ResultStore(Path(folder) / "run", {}, {}) as store:
         make_scorer = partial(Scorer, pipe, detectors, noises=1, seed=51, steps=50)
         run_detection(make_scorer, pd.DataFrame({"prompt": prompts}), store, batch_size=batch_size)
         assert store.done == len(prompts)
-    return now(pipe) - started
+    return now(pipe.device) - started, store.record.get("batch_size_used", batch_size)
 
 
 @torch.inference_mode()
@@ -98,10 +95,10 @@ def floor(pipe: LocalStableDiffusionPipeline, prompts: list[str], batch_size: in
     latents = pipe.pure_noise(1, 51).to(pipe.unet.dtype).expand(rows, -1, -1, -1)
     embeds = pipe.embed(["a"]).expand(rows, -1, -1)
     pipe.unet(latents[:batch_size], 981, encoder_hidden_states=embeds[:batch_size])  # warm up
-    started = now(pipe)
+    started = now(pipe.device)
     for x, e in zip(latents.split(batch_size), embeds.split(batch_size), strict=True):
         pipe.unet(x, 981, encoder_hidden_states=e)
-    return now(pipe) - started
+    return now(pipe.device) - started
 
 
 def keep(path: Path, rows: list[dict]) -> None:
@@ -137,7 +134,8 @@ def main() -> None:
     floors = {size: floor(pipe, prompts, size) for size in sizes}
     best = min(floors, key=floors.get)
     batch_size = default_batch_size(pipe)
-    tool, plain = this_tool(pipe, prompts, batch_size), plain_loop(pipe, prompts)
+    tool, batch_size = this_tool(pipe, prompts, batch_size)
+    plain = plain_loop(pipe, prompts)
     lowest = min(floors[best], floor(pipe, prompts, best))  # once more, after the others, against drift
     print(f"{args.model}, {dtype}, {device}, {torch.get_num_threads()} threads, {len(prompts)} prompts, n = 1\n")
     measured = (

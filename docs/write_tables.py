@@ -11,12 +11,15 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.figures import BARE, NETWORKS, PLAIN, TOOL, score_rows, speed_rows  # noqa: E402
 
 RESULTS = ROOT / "results"
 PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -402,6 +405,32 @@ def index_search() -> str:
 @table
 def index_build() -> str:
     return rows_as_table(pd.read_csv(RESULTS / "speed" / "index_build.csv", dtype=str).to_dict("records"))
+
+
+@table
+def cuda_scores() -> str:
+    """Scores on every card against those of the CPU in float32."""
+    columns = ("dtype", "score", "largest relative difference", "Spearman", "AUC difference")
+    return rows_as_table(_of_cards(score_rows) or [{"card": "", "model": model, **_empty(columns)} for model in MODELS])
+
+
+@table
+def cuda_speed() -> str:
+    """Speed on every card, of each way the fastest batch."""
+    columns = ("dtype", "how", "batch", "ms a row", "ms a prompt", "times the plain loop", "share of the peak")
+    ways = [*((NETWORKS[0], what) for what in (PLAIN, TOOL)), *((name, BARE) for name in NETWORKS)]
+    empty = [{"card": "", "network": name, "what": what, **_empty(columns)} for name, what in ways]
+    return rows_as_table(_of_cards(partial(speed_rows, best=True)) or empty)
+
+
+def _of_cards(rows_of: Callable[[list[dict]], list[dict]]) -> list[dict]:
+    """Rows of all files that benchmarks/on_cuda.sh wrote."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "speed").glob("cuda-*.json"))]
+    return [{"card": found["about"]["card"], **row} for found in files for row in rows_of(found["rows"])]
+
+
+def _empty(columns: tuple[str, ...]) -> dict[str, str]:
+    return dict.fromkeys(columns, "")
 
 
 # ---------------------------------------------------------------- sizes

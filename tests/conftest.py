@@ -17,8 +17,15 @@ GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["a harbour at dusk with two boats", "red kite", "", "portrait of an old clockmaker, oil on canvas", "kite"]
 
 
-def load_tiny(name: str, dtype: str = "float32", **options):
-    return load_pipeline(ModelSpec(name, (str(GOLDEN / name),)), dtype, torch.device("cpu"), **options)
+def load_tiny(name: str, dtype: str = "float32", device: str = "cpu", **options):
+    return load_pipeline(ModelSpec(name, (str(GOLDEN / name),)), dtype, torch.device(device), **options)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA card here"))
 
 
 @pytest.fixture(scope="session")

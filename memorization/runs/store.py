@@ -89,7 +89,7 @@ class ResultStore:
             raise
         self._lines.cut(size_of_lines(self.scores, self.done))
         self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
-        self._this_time = {**info, **_environment()}
+        self._this_time = {**info, **environment()}
         self._started: float | None = None
 
     @property
@@ -173,7 +173,8 @@ def _flat(settings: dict, of: str = "") -> dict:
     return found
 
 
-def _environment() -> dict:
+def environment() -> dict:
+    """What made a result: command, commit, versions, time."""
     try:
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
         commit = git.stdout.strip() or None
