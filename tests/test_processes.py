@@ -66,19 +66,19 @@ class Ended:
         self.errors = [line for text in self.err for line in text.replace("\r", "\n").splitlines() if "error:" in line]
 
 
-def launch(folder, count, *arguments, script="detect_mem", stops=None, own=None, ends_all=False):
+def launch(folder, count, *arguments, script="detect_mem", stops=None, own=None, ends_all=False, grace=0.1):
     """Start so many processes and wait for their end.
 
     Args:
         stops: rank -> what stops it.
         own: rank -> further arguments.
         ends_all: as torchrun does, end all where one fails.
+        grace: seconds that the main process has to say first what stops all.
     """
     folder.mkdir()
     started = []
     for rank in range(count):
         place, more = Launch(rank, count, rank), (own or {}).get(rank, ())
-        grace = 60.0 if ends_all else 0.1
         target = (script, place, folder, [*arguments, *more], (stops or {}).get(rank), grace)
         started.append(CONTEXT.Process(target=child, args=target))
         started[-1].start()
@@ -167,16 +167,20 @@ def test_the_main_process_is_missed(scored, tmp_path):
 
 def test_an_error_of_one_is_said_once(scored, tmp_path):
     arguments, _ = scored
-    ended = launch(tmp_path / "log", 2, *arguments, tmp_path / "run", stops={1: (1, "no number")}, ends_all=True)
+    ended = launch(tmp_path / "log", 2, *arguments, tmp_path / "run", stops={1: (1, "no number")}, ends_all=True,
+                   grace=60)  # fmt: skip
     assert ended.statuses == [2, 1] and ended.errors == ["error: rank 1 of 2: no number"]
 
 
 def test_an_error_of_all_is_said_once(scored, tmp_path):
-    ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", "--seed", "x", ends_all=True)
+    ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", "--seed", "x", ends_all=True, grace=60)
     assert ended.statuses == [2, 1] and len(ended.errors) == 1 and "x is no whole number" in ended.errors[0]
-    alone = launch(tmp_path / "own", 2, *scored[0], tmp_path / "run", own={1: ("--device", "warp")}, ends_all=False,
-                   stops={0: (1, "killed")})  # fmt: skip
-    assert alone.statuses[1] == 2 and alone.errors[-1].startswith("error: rank 1 of 2: device 'warp'")
+
+
+def test_an_error_of_one_before_it_has_come(scored, tmp_path):
+    ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", own={1: ("--device", "warp")}, ends_all=True)
+    assert ended.statuses == [1, 2] and len(ended.errors) == 1
+    assert ended.errors[0].startswith("error: rank 1 of 2: device 'warp'")
 
 
 def test_processes_of_other_settings_are_refused(scored, tmp_path):

@@ -294,7 +294,9 @@ class GatheringStore(ResultStore):
 
     def _end_parts(self) -> None:
         """All lines are in one file."""
-        shutil.rmtree(parts_of(self.scores), ignore_errors=True)
+        if parts_of(self.scores).is_dir():
+            self._lines.sync()
+            shutil.rmtree(parts_of(self.scores), ignore_errors=True)
 
 
 class LeadingStore(GatheringStore):
@@ -349,6 +351,7 @@ class LeadingStore(GatheringStore):
             self._share.add(rows)
 
     def _end_parts(self) -> None:
+        self._lines.sync()
         self._others.part()
         super()._end_parts()
 
