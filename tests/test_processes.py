@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -177,6 +178,11 @@ def test_an_error_of_all_is_said_once(scored, tmp_path):
     assert ended.statuses == [2, 1] and len(ended.errors) == 1 and "x is no whole number" in ended.errors[0]
 
 
+def test_help_is_printed_once(tmp_path):
+    ended = launch(tmp_path / "log", 2, "--help")
+    assert ended.statuses == [0, 0] and "--noises" in ended.out[0] and ended.out[1] == ended.err[1] == ""
+
+
 def test_an_error_of_one_before_it_has_come(scored, tmp_path):
     ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", own={1: ("--device", "warp")}, ends_all=True)
     assert ended.statuses == [1, 2] and len(ended.errors) == 1
@@ -273,6 +279,29 @@ def test_a_share_is_every_kth_batch_that_is_missing(tmp_path, monkeypatch):
     assert list(share.left(2)) == [range(14, 16)]  # memory has halved the batch
     share.close()
     assert [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").open()] == [5, 6, 7, 12, 13]
+    of_launch(monkeypatch, "0", "3", "0")
+    share = Share(tmp_path / "b.jsonl", [[2, 3], [5, 19]], 4, 19)
+    assert list(share.left(4)) == [range(4), range(12, 16)]
+    share.close()
+
+
+def test_a_process_listens_to_its_own_launch_alone(tmp_path, monkeypatch):
+    of_launch(monkeypatch, "1", "2", "1")
+    monkeypatch.setattr(processes, "LOOK", 0.01)
+    parts = tmp_path / "scores.parts"
+    processes.Voice(parts / "main.json", others={"1": "stale"}, whole=True).end(None)  # of an earlier launch
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(processes.HelpingStore, tmp_path, {"seed": 1}, "scores.jsonl")
+        main = processes.Others(parts)
+        main.place = Launch(0, 2, 0)
+        main.meet({"seed": 1})
+        store = coming.result(timeout=10)
+    main.voice.say(missing=[[0, 4]], size=2)
+    with store:
+        assert store.lacks(4)
+        main.voice.end(None)
+        processes.Voice(parts / "main.json", missing=[[0, 4]], size=2, whole=True).end(None)
+        refused(lambda: store.lacks(4), "another launch goes on")
 
 
 # ---------------------------------------------------------------- places and devices

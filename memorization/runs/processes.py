@@ -94,15 +94,14 @@ class Ear:
     """What another process says, by its file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._since = path, time.monotonic()
+        self.path, self._word, self._since = path, {}, time.monotonic()
         self._seen: int | None = None
 
     def word(self) -> dict:
-        """All that it has said; empty where there is no file yet."""
-        try:
-            return parse_object(self.path.read_bytes()) or {}
-        except OSError:
-            return {}
+        """All that it has said, as far as is known: a file that was just replaced may be out of reach for a moment."""
+        with suppress(OSError):
+            self._word = parse_object(self.path.read_bytes()) or self._word
+        return self._word
 
     def check_alive(self, who: str) -> None:
         """See that there was a sign of life lately; to be called again and again. Clocks are not compared.
@@ -326,9 +325,11 @@ class LeadingStore(GatheringStore):
             def show() -> None:
                 bar.update(count - self._asked + share.made + self._others.made - bar.n)
 
+            due = _due()
             for numbers in share.left(size):
                 yield numbers
-                show()
+                if due():
+                    show()
             share.close()
             self._others.wait(show)
         self._take(Held(self._parts()), count)
@@ -397,14 +398,14 @@ class HelpingStore(Store):
         Raises:
             InputError: it has stopped, or the folder is another launch's by now.
         """
-        while not {*keys} & {*(word := self._main.word())}:
+        while (word := self._main.word())["token"] == self._voice.word["main"]:
+            if {*keys} & {*word}:
+                return word
             if "failed" in word:
                 raise AlreadySaid(word["failed"])
-            if word.get("token", token := self._voice.word["main"]) != token:
-                raise InputError(f"{self.folder}: another launch goes on with this run")
             self._main.check_alive(self._place.named(0))
             time.sleep(LOOK)
-        return word
+        raise InputError(f"{self.folder}: another launch goes on with this run")
 
     @property
     def anew(self) -> bool:
@@ -428,12 +429,13 @@ class HelpingStore(Store):
         if self._share is None:
             word = self._hear("missing")
             self._share = Share(self._voice.path.with_suffix(".jsonl"), word["missing"], word["size"], count)
+        due = _due()
         for numbers in self._share.left(size):
             yield numbers
-            self.done = self._share.made
-            self._voice.say(made=self.done)
+            if due():
+                self._voice.say(made=self._share.made)
         self._share.close()
-        self._voice.say(done=True)
+        self._voice.say(made=self._share.made, done=True)
         self._hear("whole")
 
     def add(self, rows: list[dict]) -> None:
@@ -447,6 +449,20 @@ class HelpingStore(Store):
         self._voice.end(error)
         if error is None:
             self._voice.path.unlink(missing_ok=True)
+
+
+def _due() -> Callable[[], bool]:
+    """Whether it is time to look or to say something again: batches may be faster than a file system."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < LOOK:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
 
 
 def parts_of(scores: Path) -> Path:
