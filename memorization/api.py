@@ -71,7 +71,8 @@ def score(
         noises: a prompt.
         settings: detector -> its settings, over the model's.
         calibration: a file that ``detect_eval.py --calibrate`` wrote, whose settings are taken.
-        out: a folder for ``scores.jsonl`` and ``run.json``, where a killed call goes on.
+        out: a folder for ``scores.jsonl`` and ``run.json``, where a killed call goes on. The processes of a launch
+            make it together, and each is given all rows.
         options: ``seed``, ``steps``, ``guidance_scale``, ``batch_size``, ``sequential``, as
             :class:`~memorization.runs.detect.Scoring`.
 

@@ -14,6 +14,10 @@ class InputError(Exception):
         return printable(super().__str__())
 
 
+class AlreadySaid(InputError):
+    """What the main process of several says; the others end by it without a word."""
+
+
 def printable(text: str) -> str:
     """``text`` as one line of which a terminal obeys nothing: control characters and the like are escaped."""
     return text if text.isprintable() else "".join(map(_escaped, text))

@@ -11,13 +11,16 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from memorization.errors import InputError, printable
+from memorization.errors import AlreadySaid, InputError, printable
+from memorization.launch import launched
 from memorization.settings import Count, NotNegative, Rate, Resamples, Seed, Steps, Unfit, described, fit
 
 
@@ -125,12 +128,16 @@ def assigned(text: str) -> tuple[str, str]:
     return name, given
 
 
+GRACE = 10.0  # seconds that the main process has to say first what stops all
+
+
 class Terminated(BaseException):
     """The process was asked to end."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a command's main; whatever happens, standard error says it in one line.
+    """Run a command's main; whatever happens, standard error says it in one line. Of several processes the main one
+    alone prints.
 
     Exit status 2 for an :class:`InputError`; 1 where it was interrupted or terminated, where the reader of its output
     has gone, and for what nobody foresaw, whose traceback goes to a file.
@@ -139,7 +146,10 @@ def run_script(main: Callable[[], None]) -> None:
     _prepare_streams()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        if launched().main:
+            main()
+        else:
+            _help(main)
         sys.stdout.flush()
     except InputError as error:
         _end(f"error: {error}", 2)
@@ -155,6 +165,30 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"error: {kind}: {error} (nobody foresaw this; the traceback is in {_write_traceback()})", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _help(main: Callable[[], None]) -> None:
+    """Run a command's main in another process than the main one: nothing is printed, and of errors its own alone.
+
+    What is wrong with the arguments stops all processes, and where one ends by an error the launcher ends the others:
+    so this one waits, and has something to say only where it is still there afterwards.
+    """
+    try:
+        with (
+            open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
+            try:
+                main()
+            except InputError as error:
+                time.sleep(GRACE)
+                if isinstance(error, AlreadySaid):
+                    sys.exit(2)
+                place = launched()
+                raise InputError(f"{place.named(place.rank)}: {error}") from None
+    except (KeyboardInterrupt, Terminated):  # the main process says it
+        sys.exit(1)
 
 
 def _prepare_streams() -> None:

@@ -4,7 +4,8 @@
   python detect_mem.py --model sd14                                 Stable Diffusion 1.4 and the paper's lists
   python detect_mem.py --model ./my-model --prompts my_prompts.txt  your own checkpoint and prompts
 
-A killed run goes on where it stopped when the same command is given again.
+A killed run goes on where it stopped when the same command is given again. By torchrun or accelerate launch, several
+processes share it (docs/many-gpus.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES, DETECTORS
 from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names
+from memorization.launch import main_alone
 from memorization.localisation.base import MAPS, make_maps
 
 
@@ -118,6 +120,7 @@ def main(arguments: Arguments = None) -> None:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
     out = args.out or default_out("detection", spec.name, "main")
     store = detect(model, listed, detectors, scoring, calibration=calibration, out=out, overwrite=args.overwrite)
+    main_alone()
     threshold = calibration.thresholds.get(first or "")
     print_summary(store.rows, first, threshold, out / "scores.jsonl")
     if args.explain and first:

@@ -7,7 +7,8 @@
 
 Prompts above the calibrated threshold are mitigated (all of them with --all). The output folder gets a line a prompt in
 mitigations.jsonl, the pictures before and after from the same noise, the new embeddings, and a contact sheet. A killed
-run goes on where it stopped when the same command is given again.
+run goes on where it stopped when the same command is given again. By torchrun or accelerate launch, several processes
+share it (docs/many-gpus.md).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Literal
 
 from memorization.errors import printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, value
+from memorization.launch import main_alone
 from memorization.mitigations.base import DEFAULT_MITIGATION, MITIGATIONS
 from memorization.settings import Count, annotations_of, described
 
@@ -90,6 +92,7 @@ def main(arguments: Arguments = None) -> None:
     out = args.out or default_out("mitigated", spec.name, args.method)
     result = mitigate_list(model, prompts, mitigation, plan, calibration=calibration, clip=args.clip, sscd=args.sscd,
                            out=out, overwrite=args.overwrite)  # fmt: skip
+    main_alone()
     if result.kept is None:
         print("no prompt scores at or above the threshold: nothing to mitigate")
         return

@@ -221,6 +221,11 @@ class LineFile:
             while left:
                 left = left[self._file.write(left) :]
 
+    def sync(self) -> None:
+        """Bring all lines to the disk, and before the eyes of other machines."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+
     def replace(self, rows: Iterable[dict]) -> None:
         """Put other lines in the place of all, in one step."""
         self._file.close()

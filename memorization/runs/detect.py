@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, make_detectors
-from memorization.errors import InputError, printable
+from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS
 from memorization.evaluation.calibration import Calibration
 from memorization.io.prompts import Listed
@@ -23,8 +22,9 @@ from memorization.paths import in_project
 from memorization.runs.cases import calibrated_settings
 from memorization.runs.memory import default_batch_size, with_memory
 from memorization.runs.pictures import PictureScorer
+from memorization.runs.processes import open_store
 from memorization.runs.scorer import Scorer, SequentialScorer
-from memorization.runs.store import MemoryStore, ResultStore, Store
+from memorization.runs.store import Store
 from memorization.settings import Checked, Count, NotNegative, Seed, Steps, fitted
 
 KEPT = ("label", "family", "kind", "duplicates", "replication", "split")  # columns of a list that scores keep
@@ -98,7 +98,7 @@ def detect(
     out: Path | None = None,
     overwrite: bool = False,
 ) -> Store:
-    """Score a list, from where it stopped; the store holds its lines afterwards.
+    """Score a list, from where it stopped; the store holds its lines afterwards, in each process that took part.
 
     Args:
         listed: prompts, or the pictures of :func:`~memorization.runs.pictures.read_pictures`.
@@ -119,7 +119,7 @@ def detect(
     }  # fmt: skip
     info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
             "thresholds": calibration.thresholds}  # fmt: skip
-    with ResultStore(out, settings, info, overwrite) if out else MemoryStore(settings) as store:
+    with open_store(out, settings, info, overwrite) as store:
         run_detection(make_scorer, listed.frame, store, batch_size=batch_size)
     return store
 
@@ -145,8 +145,6 @@ def _scorer_for(
 def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, store: Store, *, batch_size: int) -> None:
     """Score the rows of ``frame`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
 
-    Batches lie on a fixed grid, so a resumed run computes its last batch again and writes the bytes that are missing.
-
     Raises:
         InputError: the store holds more lines than ``frame``, not even one row fits into memory, or the model gave a
             value that is not finite.
@@ -158,22 +156,15 @@ def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, st
 
 def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
     keep = [column for column in KEPT if column in frame]
-    size = scorer.prompts_at_once
-    with tqdm(
-        total=len(frame), initial=store.done, desc=printable(store.name), unit=scorer.columns[0], smoothing=0
-    ) as bar:
-        for start in range(store.done // size * size, len(frame), size):
-            batch = frame.iloc[start : start + size]
-            scores = scorer(*(batch[column].tolist() for column in scorer.columns))
-            rows = [
-                {"id": start + i, "prompt": row["prompt"],
-                 **({"image": Path(row["image"]).name} if "image" in scorer.columns else {}),
-                 **{column: row[column] for column in keep}, **values}
-                for i, (row, values) in enumerate(zip(batch.to_dict("records"), scores, strict=True))
-            ]  # fmt: skip
-            missing = rows[store.done - start :]
-            store.append(missing)
-            bar.update(len(missing))
+    for numbers in store.batches(len(frame), scorer.prompts_at_once, unit=scorer.columns[0]):
+        batch = frame.iloc[numbers.start : numbers.stop]
+        scores = scorer(*(batch[column].tolist() for column in scorer.columns))
+        store.add([
+            {"id": number, "prompt": row["prompt"],
+             **({"image": Path(row["image"]).name} if "image" in scorer.columns else {}),
+             **{column: row[column] for column in keep}, **values}
+            for number, row, values in zip(numbers, batch.to_dict("records"), scores, strict=True)
+        ])  # fmt: skip
 
 
 def notes_on(pipe: LocalStableDiffusionPipeline, frame: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from memorization.detectors.base import SCORED_BY
-from memorization.errors import InputError, printable
+from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration
 from memorization.index.build import own_index
 from memorization.io.prompts import picture_files, read_prompts
@@ -24,7 +24,8 @@ from memorization.runs.cases import Cases, scoring_detectors
 from memorization.runs.kept import Kept, KeptInFolder, KeptInMemory
 from memorization.runs.memory import default_batch_size, with_memory
 from memorization.runs.outcome import mitigate, scores_of
-from memorization.runs.store import MemoryStore, ResultStore, Store
+from memorization.runs.processes import open_store
+from memorization.runs.store import Store
 from memorization.settings import Checked, Count, NotNegative, Seed, Steps, fitted
 from memorization.similarity.judge import Judge, make_judge
 
@@ -206,7 +207,7 @@ def mitigate_list(
     }  # fmt: skip
     info = {"device": str(model.pipe.device)}
     kept = KeptInFolder(out) if out else KeptInMemory()
-    with ResultStore(out, settings, info, overwrite, "mitigations.jsonl") if out else MemoryStore(settings) as store:
+    with open_store(out, settings, info, overwrite, "mitigations.jsonl") as store:
         run_mitigation(cases, mitigation, frame, judge, store, kept)
     return Mitigated(store.rows, frame, kept, noises)
 
@@ -236,7 +237,7 @@ def run_mitigation(
     if not store.lacks(len(frame)):
         return
     store.start()
-    kept.start(anew=store.done == 0)
+    kept.start(anew=store.anew)
 
     def work(size: int) -> None:
         _mitigate_all(replace(cases, batch_size=size), mitigation, frame, judge, store, kept)
@@ -247,15 +248,10 @@ def run_mitigation(
 def _mitigate_all(
     cases: Cases, mitigation: Mitigation, frame: pd.DataFrame, judge: Judge, store: Store, kept: Kept
 ) -> None:
-    size = cases.at_once
-    with tqdm(total=len(frame), initial=store.done, desc=printable(store.name), unit="prompt", smoothing=0) as bar:
-        for start in range(store.done // size * size, len(frame), size):
-            batch = frame.iloc[start : start + size]
-            case = cases(batch["prompt"].tolist())
-            outcome = mitigate(case, mitigation, judge, batch["picture"].tolist())
-            rows = [{"id": start + i, **row} for i, row in enumerate(outcome.rows(case.prompts))]
-            for i, row in enumerate(rows):
-                kept.add(row["id"], outcome.pictures(i), outcome.changed(case, i))
-            missing = rows[store.done - start :]
-            store.append(missing)
-            bar.update(len(missing))
+    for numbers in store.batches(len(frame), cases.at_once):
+        batch = frame.iloc[numbers.start : numbers.stop]
+        case = cases(batch["prompt"].tolist())
+        outcome = mitigate(case, mitigation, judge, batch["picture"].tolist())
+        for i, number in enumerate(numbers):
+            kept.add(number, outcome.pictures(i), outcome.changed(case, i))
+        store.add([{"id": number, **row} for number, row in zip(numbers, outcome.rows(case.prompts), strict=True)])

@@ -6,59 +6,106 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
-from memorization.errors import InputError
+from tqdm import tqdm
+
+from memorization.errors import InputError, printable
 from memorization.io.files import LineFile, read_lines, scored_lines, size_of_lines, write_atomically
 from memorization.io.records import read_record
+from memorization.launch import launched
 from memorization.paths import ROOT
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 
 
-class MemoryStore:
-    """What :class:`ResultStore` offers to a run, without a folder: nothing is written.
+class Store:
+    """Where a run's lines go, and which of them are still to be made. Use it as a context manager.
 
     Attributes:
-        rows: the lines.
-        record: of the run, such as the batch size that memory allowed.
+        name: of the run, for progress bars.
+        record: of the run: settings, and such as the batch size that memory allowed.
+        done: how many lines there are.
     """
 
-    name = "scores"
-
-    def __init__(self, settings: dict) -> None:
-        self.rows: list[dict] = []
-        self.record: dict = {"settings": settings}
+    name: str
+    record: dict
+    done: int
 
     @property
-    def done(self) -> int:
-        """How many prompts have their line."""
-        return len(self.rows)
+    def rows(self) -> list[dict]:
+        """The lines."""
+        raise NotImplementedError
+
+    @property
+    def anew(self) -> bool:
+        """Whether there is no line yet, so that what an overwritten run left beside its lines may go."""
+        return self.done == 0
 
     def lacks(self, count: int) -> bool:
         """Whether lines of a list of ``count`` are missing."""
         return self.done < count
 
+    def batches(self, count: int, size: int, unit: str = "prompt") -> Iterator[range]:
+        """The numbers of lines to make for a list of ``count``, batch by batch, each to be followed by :meth:`add`.
+
+        Batches lie on a fixed grid, so a resumed run computes its last one again. Draws a bar of ``unit``s.
+        """
+        with tqdm(total=count, initial=self.done, desc=printable(self.name), unit=unit, smoothing=0) as bar:
+            for numbers in self._grid(count, size):
+                yield numbers
+                bar.update(self.done - bar.n)
+            bar.update(self.done - bar.n)
+
+    def _grid(self, count: int, size: int) -> Iterator[range]:
+        """The batches from the first line on that is missing."""
+        for start in range(self.done // size * size, count, size):
+            yield range(start, min(start + size, count))
+
+    def add(self, rows: list[dict]) -> None:
+        """Keep those lines of a batch that are missing."""
+        self.append([row for row in rows if row["id"] >= self.done])
+
     def append(self, rows: list[dict]) -> None:
-        """Keep whole lines."""
-        self.rows += rows
+        """Keep whole lines, which are the next ones."""
+        raise NotImplementedError
 
     def start(self) -> None:
-        """Nothing to say to anybody."""
+        """Say that scoring goes on from here."""
 
     def save(self, status: str) -> None:
-        """Nothing to write."""
+        """Keep the record."""
 
-    def __enter__(self) -> MemoryStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Nothing to close."""
+        """Let go of it."""
 
 
-class ResultStore:
+class MemoryStore(Store):
+    """Lines in memory: nothing is written."""
+
+    def __init__(self, settings: dict) -> None:
+        self.name, self.record, self.done = "scores", {"settings": settings}, 0
+        self._rows: list[dict] = []
+
+    @property
+    def rows(self) -> list[dict]:
+        """The lines."""
+        return self._rows
+
+    def append(self, rows: list[dict]) -> None:
+        """Keep whole lines."""
+        self._rows += rows
+        self.done += len(rows)
+
+
+class ResultStore(Store):
     """One run's folder, held by one process at a time. Use it as a context manager.
 
     Args:
@@ -73,29 +120,33 @@ class ResultStore:
         record: what ``run.json`` holds: settings, status, seconds, and the sessions that made the scores.
 
     Raises:
-        InputError: the folder cannot be written, is in use, or holds a run with other settings.
+        InputError: the folder cannot be written, is in use, or holds a run with other settings; or this is one of
+            several processes, which :mod:`~memorization.runs.processes` is for.
     """
+
+    shared = False  # among the processes of a launch
 
     def __init__(
         self, folder: Path, settings: dict, info: dict, overwrite: bool = False, name: str = "scores.jsonl"
     ) -> None:
-        self.folder, self.scores = folder, folder / name
+        if launched().count > 1 and not self.shared:
+            raise InputError("this command is not shared among processes: start it as one")
+        self.folder, self.scores, self.name = folder, folder / name, folder.name
         self._lines = LineFile(self.scores, "another run is writing to it; wait for it or choose another --out")
         try:
-            earlier = {} if overwrite else self._earlier(settings)
-            self.done = 0 if overwrite else sum(1 for _ in scored_lines(self.scores))
-        except InputError:
+            self._open(settings, overwrite)
+        except BaseException:
             self._lines.close()
             raise
-        self._lines.cut(size_of_lines(self.scores, self.done))
-        self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
         self._this_time = {**info, **environment()}
         self._started: float | None = None
 
-    @property
-    def name(self) -> str:
-        """Of the run, for progress bars."""
-        return self.folder.name
+    def _open(self, settings: dict, overwrite: bool) -> None:
+        """Look at what is there, and cut what is torn."""
+        earlier = {} if overwrite else self._earlier(settings)
+        self.done = 0 if overwrite else sum(1 for _ in scored_lines(self.scores))
+        self._lines.cut(size_of_lines(self.scores, self.done))
+        self.record = earlier or {"status": "running", "seconds": 0.0, "settings": settings}
 
     @property
     def rows(self) -> list[dict]:
@@ -111,16 +162,16 @@ class ResultStore:
         """What the folder's ``run.json`` holds, if it has one."""
         path = self.folder / "run.json"
         if not path.exists():
-            if self.scores.stat().st_size:
+            if self._has_lines():
                 raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
             return {}
         earlier = read_record(path)
-        stored, wanted = _flat(earlier["settings"]), _flat(json.loads(json.dumps(settings)))
-        changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-        if changed:
-            what = "; ".join(f"{key}: {stored.get(key)} there, {wanted.get(key)} asked" for key in changed)
+        if what := differences(earlier["settings"], settings):
             raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
         return earlier
+
+    def _has_lines(self) -> bool:
+        return self.scores.stat().st_size > 0
 
     def lacks(self, count: int) -> bool:
         """Whether lines of a list of ``count`` are missing.
@@ -150,9 +201,6 @@ class ResultStore:
             self.record["lines"] = self.done
         write_atomically(self.folder / "run.json", json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
 
-    def __enter__(self) -> ResultStore:
-        return self
-
     def __exit__(self, kind, error, trace) -> None:
         try:
             if self._started is not None:
@@ -162,7 +210,11 @@ class ResultStore:
             self._lines.close()
 
 
-Store = ResultStore | MemoryStore
+def differences(stored: dict, wanted: dict) -> str:
+    """What two settings differ in, in words; empty where in nothing."""
+    there, asked = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    changed = [key for key in sorted(there.keys() | asked.keys()) if there.get(key) != asked.get(key)]
+    return "; ".join(f"{key}: {there.get(key)} there, {asked.get(key)} asked" for key in changed)
 
 
 def _flat(settings: dict, of: str = "") -> dict:

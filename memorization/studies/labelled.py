@@ -16,13 +16,14 @@ from memorization.detectors.base import Detector
 from memorization.errors import InputError
 from memorization.flags import add_flags
 from memorization.io.prompts import read_prompts
+from memorization.launch import main_alone
 from memorization.models.loading import load_model, revision_of
 from memorization.models.spec import ModelSpec, find_model
 from memorization.paths import ROOT, safe_name
 from memorization.runs.detect import run_detection
 from memorization.runs.memory import default_batch_size
+from memorization.runs.processes import open_store
 from memorization.runs.scorer import Scorer
-from memorization.runs.store import ResultStore
 
 
 class Subject(NamedTuple):
@@ -81,6 +82,8 @@ def scored(
 ) -> list[dict]:
     """The lines of a study's own detectors on the prompts of ``frame``, in the study's folder, from where it stopped.
 
+    Of several processes the main one alone comes back.
+
     Args:
         settings: what the lines depend on, beside what the subject's do.
         noises: a prompt.
@@ -90,6 +93,7 @@ def scored(
     settings = {**subject.settings, **settings, "guidance_scale": scale}
     scorer = partial(Scorer, subject.pipe, detectors, noises=noises, seed=subject.settings["seed"], steps=steps,
                      guidance_scale=scale)  # fmt: skip
-    with ResultStore(subject.out, settings, {}) as store:
+    with open_store(subject.out, settings, {}) as store:
         run_detection(scorer, frame, store, batch_size=default_batch_size(subject.pipe))
-        return store.rows
+    main_alone()
+    return store.rows

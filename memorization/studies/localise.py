@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from memorization.errors import InputError
 from memorization.evaluation.metrics import family_weights
@@ -28,13 +27,14 @@ from memorization.io.figures import draw_strips, enlarged, overlay
 from memorization.io.files import write_atomically
 from memorization.io.pictures import read_picture
 from memorization.io.prompts import find_picture, picture_files, read_prompts
+from memorization.launch import main_alone
 from memorization.localisation.base import MAPS, Map, make_maps
 from memorization.models.loading import load_model, revision_of
 from memorization.models.spec import find_model
 from memorization.paths import ROOT, safe_name
 from memorization.runs.localise import Located, Locator, save_located
 from memorization.runs.memory import default_batch_size
-from memorization.runs.store import ResultStore
+from memorization.runs.processes import open_store
 from memorization.settings import NotNegative, Positive
 from memorization.studies.compare_report import print_table, resampled_mean
 from memorization.studies.labelled import add_arguments
@@ -183,18 +183,19 @@ def main(arguments: Arguments = None) -> None:
         "maps": {one.name: one.record() for one in maps}, "blur": args.blur,
     }  # fmt: skip
     out = args.out or ROOT / "results" / "studies" / "localise" / safe_name(f"{spec.name}-{args.split}")
-    with ResultStore(out, settings, {}) as store:
+    with open_store(out, settings, {}) as store:
         if store.lacks(len(frame)):
             store.start()
             locate = Locator(model.pipe, maps, batch_size=default_batch_size(model.pipe), **common)
-            for number in tqdm(range(store.done, len(frame)), "localise", initial=store.done, total=len(frame)):
+            for (number,) in store.batches(len(frame), 1):
                 row = frame.loc[number]
                 located = locate(row["prompt"])
                 line = line_of(located, read_mask(row["mask"], located.pictures.shape[1:3]), row["picture"], args.blur)
                 save_located(located, number, out / "maps")
                 about = {key: row[key] for key in ("prompt", "family") if key in row}
-                store.append([{"id": number, **about, **line}])
-        rows = store.rows
+                store.add([{"id": number, **about, **line}])
+    main_alone()
+    rows = store.rows
     named = [one.name for one in maps]
     for file, title, limit in (("table.csv", "all pictures", None), ("copied.csv", "copies alone", args.copied)):
         table = table_of(rows, named, args.resamples, limit)

@@ -1,0 +1,59 @@
+"""Which of several processes of one command this is, as torchrun, accelerate launch and batch systems say it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple
+
+from memorization.errors import InputError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class Launch(NamedTuple):
+    """A process's place among those of a launch.
+
+    Attributes:
+        rank: its number, from 0: the main process, which alone prints, draws and writes what a run comes to.
+        count: of processes, on all machines.
+        local: its number among those of its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def named(self, rank: int) -> str:
+        """A process for a message."""
+        return f"rank {rank} of {self.count}"
+
+
+def launched() -> Launch:
+    """This process's place, by RANK, WORLD_SIZE and LOCAL_RANK; alone where there is no WORLD_SIZE.
+
+    Raises:
+        InputError: they make no sense together.
+    """
+    given = {name: os.environ.get(name) for name in VARIABLES}
+    if given["WORLD_SIZE"] in (None, "1"):
+        return Launch()
+    try:
+        rank, count, local = (int(value or "") for value in given.values())
+        if 0 <= rank < count and local >= 0:
+            return Launch(rank, count, local)
+    except ValueError:
+        pass
+    said = ", ".join(f"{name}={value}" for name, value in given.items())
+    raise InputError(f"{said}: no place among processes; set all three (docs/many-gpus.md), or no WORLD_SIZE")
+
+
+def main_alone() -> None:
+    """From here on a command is the main process's: the others end, with exit status 0."""
+    if not launched().main:
+        sys.exit()
+    os.environ["WORLD_SIZE"] = "1"
