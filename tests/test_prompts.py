@@ -7,7 +7,7 @@ import pytest
 
 from memorization.errors import InputError
 from memorization.io import published as module
-from memorization.io.prompts import listed, near_copy_families, read_pair, read_prompts
+from memorization.io.prompts import listed, near_copy_families, read_pair, read_prompts, sample
 from memorization.io.published import fetch
 
 AWKWARD = ['say "cheese", please', "<i>Title</i> & more", "naïve café ☕ — 東京", "a, b; c", " spaced ", "word " * 100]
@@ -139,3 +139,22 @@ def test_fetch_says_where_it_failed(tmp_path):
 def test_families_that_are_named_are_kept_and_all_or_none_count(families, kept):
     frame = pd.DataFrame({"prompt": ["a red kite", "two boats"], "label": [0, 1], "family": families})
     assert listed(frame).frame["family"].tolist() == (families if kept else ["f0", "f1"])
+
+
+@pytest.mark.parametrize("count, memorized", [(3, 1), (8, 4), (11, 5), (18, 8), (40, 8)])
+def test_a_sample_is_the_same_in_any_order_and_memorized_up_to_a_half(count, memorized):
+    frame = pd.DataFrame({"prompt": [f"prompt {i}" for i in range(20)], "label": [1, 0, 1, 0, 1] * 4}).iloc[:20]
+    frame.loc[frame["prompt"].isin(["prompt 0", "prompt 2", "prompt 4", "prompt 5"]), "label"] = 0
+    whole = listed(frame)
+    some = sample(whole, count).frame
+    assert len(some) == min(count, 20) and some["label"].sum() == memorized
+    assert some["prompt"].tolist() == [p for p in frame["prompt"] if p in set(some["prompt"])]  # in the list's order
+    turned = sample(listed(frame.iloc[::-1]), count).frame
+    assert set(turned["prompt"]) == set(some["prompt"])
+    assert sample(whole, count).hashes != whole.hashes
+
+
+def test_a_sample_without_labels():
+    prompts = [f"prompt {i}" for i in range(9)]
+    few, more = (set(sample(listed(prompts), count).frame["prompt"]) for count in (2, 4))
+    assert len(few) == 2 and few < more

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES, DETECTORS
 from memorization.errors import InputError, printable
-from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names
+from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names, value
 from memorization.launch import main_alone
 from memorization.localisation.base import MAPS, make_maps
+from memorization.settings import Count
 
 
 def parse(arguments: Arguments = None) -> argparse.Namespace:
@@ -33,6 +34,8 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add("--memorized", type=Path, metavar="FILE", help="a list whose prompts all count as memorized; "
         "needs --non-memorized")
     add("--non-memorized", type=Path, metavar="FILE", help="a list whose prompts all count as not memorized")
+    add("--sample", type=value(Count), metavar="N", help="N prompts of the list, always the same ones: the memorized "
+        "ones, up to a half, then others (of both splits, where the list has them)")
     add("--images", "--pictures", dest="pictures", type=Path, metavar="DIR",
         help="score pictures, by the detectors that need a picture; a metadata.jsonl may give prompts and labels")
     add("--detectors", type=names, metavar="A,B|all", help=f"default: {','.join(DEFAULT_DETECTORS)}, and "
@@ -62,9 +65,10 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         args.calibration = None
     if args.sequential and not args.calibration:
         parser.error("--sequential needs --calibration FILE, made with --noises 8")
-    of_prompts = (args.prompts, args.memorized, args.explain, args.localise, args.sequential, args.measure_costs)
-    if args.pictures and any(of_prompts):
-        parser.error("--images goes without prompt lists, --explain, --localise, --sequential and --measure-costs")
+    of_lists = (args.prompts, args.memorized, args.sample)
+    of_prompts = (args.explain, args.localise, args.sequential, args.measure_costs)
+    if args.pictures and any(of_lists + of_prompts):
+        parser.error("--images goes without lists of prompts, --explain, --localise, --sequential and --measure-costs")
     if args.pictures and (args.noises != 1 or args.guidance_scale is not None):
         parser.error("--images goes without --noises and --guidance-scale: pictures are scored as they are")
     if bool(args.memorized) != bool(args.non_memorized) or (args.memorized and args.prompts):
@@ -93,7 +97,7 @@ def main(arguments: Arguments = None) -> None:
     args = parse(arguments)
     # Imports that take seconds come after the arguments are known to be good.
     from memorization.evaluation.calibration import Calibration, read_calibration
-    from memorization.io.prompts import read_lists
+    from memorization.io.prompts import read_lists, sample
     from memorization.models.loading import load_model
     from memorization.models.spec import find_model
     from memorization.paths import default_out
@@ -115,6 +119,7 @@ def main(arguments: Arguments = None) -> None:
         listed = read_pictures(args.pictures)
     else:
         listed = read_lists(chosen_lists(args) or spec.lists())
+        listed = sample(listed, args.sample) if args.sample else listed
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps))
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)

@@ -135,6 +135,22 @@ def listed(prompts: Sequence[str] | pd.DataFrame | str | Path) -> Listed:
     return Listed(with_families(frame.copy()), {"prompts": hashlib.sha256(frame.to_csv().encode()).hexdigest()})
 
 
+def sample(listed: Listed, count: int) -> Listed:
+    """``count`` prompts of a list, in its order: by their sha256, so always the same ones, however they are ordered.
+
+    Of a labelled list the memorized prompts come first, up to a half, since they are few as a rule.
+    """
+    frame = listed.frame
+    digests = frame["prompt"].map(lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
+    order = digests.sort_values(kind="stable").index
+    if "label" in frame:
+        memorized = frame.loc[order, "label"] == 1
+        few, rest = order[memorized], order[~memorized]
+        order = few[: max(count // 2, count - len(rest))].append(rest)
+    chosen = frame.loc[sorted(order[:count])].reset_index(drop=True)
+    return Listed(chosen, {**listed.hashes, "sample": str(count)})
+
+
 def with_families(frame: pd.DataFrame) -> pd.DataFrame:
     """A labelled list that does not name the family of every prompt gets all of them, by near-copies."""
     if "label" in frame and ("family" not in frame or (frame["family"].isna() | (frame["family"] == "")).any()):
