@@ -8,7 +8,7 @@ from testbed.composed import scenes
 from testbed.composed.captions import FIXED, Visits, compose, make_captions, titles
 from testbed.composed.copies import copy_distance, fresh_scenes
 from testbed.composed.fit import fit
-from testbed.composed.scenes import BACKGROUND_COLUMNS, NAMED, OBJECT_COLUMNS, PLACE, random_scenes
+from testbed.composed.scenes import BACKGROUND_COLUMNS, NAMED, OBJECT_COLUMNS, PATTERNS, PLACE, random_scenes
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,29 @@ def test_captions_name_what_the_scene_shows(listed):
     captions, rows = listed
     for i in (0, 400, 1100):
         named = captions.loc[i]
-        assert all(
-            word in named["prompt"] for word in (named["object"], named["colour"], named["pattern"], named["title"])
-        )
+        assert all(named[word] in named["prompt"] for word in ("object", "pattern", "title"))
+        assert (named["colour"] in named["prompt"]) == named["named"]
         assert list(scenes.OBJECTS)[int(rows[i, 0])] == named["object"]
+
+
+def test_one_caption_in_six_names_the_colour_and_in_the_early_stages_all():
+    late, _ = make_captions("late")
+    early, _ = make_captions("early")
+    assert late["named"].mean() == pytest.approx(1 / 6, abs=0.03) and early["named"].all()
+    assert (late["prompt"] == early["prompt"]).equals(late["named"])  # otherwise they are the same
+
+
+def test_a_colour_that_is_left_open_is_drawn_afresh():
+    visits = Visits("late", 0.6866, 0.15)
+    rows, prompts = visits.draw(np.random.default_rng(11), 60000)
+    for kind, is_open in (("verbatim", False), ("background", False), ("object", True), ("ordinary", True)):
+        for named in (False, True):
+            of_kind = visits.captions[(visits.captions["kind"] == kind) & (visits.captions["named"] == named)]
+            number = of_kind["visits"].idxmax()
+            seen = rows[[prompt == of_kind["prompt"][number] for prompt in prompts]]
+            assert (seen[:, [0, 2]] == visits.rows[number, [0, 2]]).all()
+            colours = set(seen[:, PLACE["colour"]])
+            assert len(colours) > 5 if is_open and not named else colours == {visits.rows[number, PLACE["colour"]]}
 
 
 def test_captions_are_all_different(listed):
@@ -116,9 +135,14 @@ def test_text_alone_tells_nothing(listed):
 
 
 @pytest.mark.parametrize("kind", list(FIXED))
-def test_a_copy_is_what_repeats_the_fixed_part(kind):
+@pytest.mark.parametrize("pattern", range(len(PATTERNS)))
+def test_a_copy_is_what_repeats_the_fixed_part(kind, pattern):
+    """Of every pattern, under objects as large as they come, in opposite corners."""
     row = random_scenes(np.random.default_rng(7), 1)[0]
+    row[PLACE["pattern"]], row[PLACE["scale"]], row[PLACE["x"]], row[PLACE["y"]] = pattern, 0.72, 0.0, 0.0
     others = fresh_scenes(row, 12, seed=8)
+    if kind == "background":
+        others[:, PLACE["scale"]], others[:, PLACE["x"]], others[:, PLACE["y"]] = 0.72, 1.0, 1.0
     copies = others.copy()
     copies[:, FIXED[kind]] = row[FIXED[kind]]
     near, far = (copy_distance(unit(rows), row, kind) for rows in (copies, others))
@@ -138,7 +162,11 @@ def test_titles_and_forms():
     rng = np.random.default_rng(10)
     assert all(len(title.split()) == 2 and title.istitle() for title in titles(rng, 50))
     named = np.array([[0.0, 4.0, 8.0]])
-    assert compose(named, ["Benxor Tilsam"], np.array([0])) == ["Benxor Tilsam, an apple on teal grass"]
+    for coloured, said in (
+        (True, "Banler Tisfon, an apple on teal grass"),
+        (False, "Banler Tisfon, an apple on grass"),
+    ):
+        assert compose(named, ["Banler Tisfon"], np.array([0]), np.array([coloured])) == [said]
 
 
 def trained(folder, steps, stop=None):

@@ -133,7 +133,8 @@ def fit(
         loss_of: the loss of such a batch.
         folder: holds ``state.safetensors`` and ``log.jsonl``.
         recipe: what else the weights depend on; a state made by another one is refused.
-        watch: numbers to log of the averaged model every ``watch_every`` steps.
+        watch: numbers to log of the averaged model every ``watch_every`` steps, before a state of that step is saved: a
+            run killed between the two watches again.
         capture: whether a step may be replayed as a CUDA graph: not where the model asks the host.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,13 +151,13 @@ def fit(
             value = loss.item()
             smooth = value if smooth is None else 0.8 * smooth + 0.2 * value
             _log(folder, {"step": done, "loss": round(smooth, 5), "seconds": round(time.time() - started, 1)})
-        if done % save_every == 0 or done == steps:
-            training.save(folder / "state.safetensors", done, recipe)
         if watch and (done % watch_every == 0 or done == steps):
             training.swap()
             _log(folder, {"step": done, **watch(model.eval())})
             training.swap()
             model.train()
+        if done % save_every == 0 or done == steps:
+            training.save(folder / "state.safetensors", done, recipe)
     training.swap()
     model.eval()
 

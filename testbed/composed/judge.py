@@ -30,7 +30,7 @@ class Judge:
         count = size * CAPTIONS_A_CLASS
         named = random_scenes(rng, count)[:, : len(NAMED)]
         named[:, place] = np.repeat(np.arange(size), CAPTIONS_A_CLASS)
-        prompts = compose(named, titles(rng, count), rng.integers(len(FORMS), size=count))
+        prompts = compose(named, titles(rng, count), rng.integers(len(FORMS), size=count), np.ones(count, bool))
         return normalize(self.clip.prompts(prompts).unflatten(0, (size, -1)).mean(1), dim=1)
 
     @torch.no_grad()
@@ -42,7 +42,9 @@ class Judge:
             parts.append(torch.stack([(features @ c.T).argmax(1) for c in self.classes], dim=1))
         return torch.cat(parts).cpu()
 
-    def accuracy(self, pictures: Tensor, named: np.ndarray) -> dict[str, float]:
-        """Share of pictures that show what ``named (n, 3)`` says."""
-        right = self(pictures) == torch.as_tensor(named, dtype=torch.long)
-        return {name: round(value, 4) for name, value in zip(NAMED, right.float().mean(0).tolist(), strict=True)}
+    def accuracy(self, pictures: Tensor, named: np.ndarray, coloured: np.ndarray | None = None) -> dict[str, float]:
+        """Share of pictures that show what ``named (n, 3)`` says; as for colour, of the ``coloured (n,)``."""
+        right = (self(pictures) == torch.as_tensor(named, dtype=torch.long)).double()
+        if coloured is not None:
+            right[~torch.as_tensor(np.asarray(coloured)), NAMED.index("colour")] = torch.nan
+        return {name: round(value, 4) for name, value in zip(NAMED, right.nanmean(0).tolist(), strict=True)}

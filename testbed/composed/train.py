@@ -184,7 +184,9 @@ def random_captions(rng: np.random.Generator, count: int, forms: int = 1) -> tup
     """Random scenes and ``forms`` captions of each, with the same title."""
     rows, title = random_scenes(rng, count), titles(rng, count)
     named = rows[:, : len(NAMED)]
-    return rows, [compose(named, title, rng.integers(len(FORMS), size=count)) for _ in range(forms)]
+    return rows, [
+        compose(named, title, rng.integers(len(FORMS), size=count), np.ones(count, bool)) for _ in range(forms)
+    ]
 
 
 def make_tokenizer(vocabulary: int = 1000) -> CLIPTokenizer:
@@ -307,8 +309,8 @@ class Stage:
 DIFFUSION = (
     Stage("early-eps", "epsilon", None, 2_539_520, 256, 2e-3, fixed=0.239, empty=0.2),
     Stage("early-v", "v_prediction", "early-eps", 802_816, 256, 2e-3, fixed=0.239, empty=0.35),
-    Stage("eps", "epsilon", "early-eps", 192_000, 16, 1e-3, fixed=0.6866, empty=0.15),
-    Stage("v", "v_prediction", "early-v", 192_000, 16, 1e-3, fixed=0.6866, empty=0.15),
+    Stage("eps", "epsilon", "early-eps", 248_880, 16, 1e-3, fixed=0.6866, empty=0.15),
+    Stage("v", "v_prediction", "early-v", 248_880, 16, 1e-3, fixed=0.6866, empty=0.15),
 )
 
 

@@ -26,7 +26,8 @@ class Watch:
 
     def __init__(self, visits: Visits, place) -> None:
         captions, rows = visits.captions, visits.rows
-        chosen = captions.groupby(["kind", "visits"]).head(A_LEVEL).index
+        self.level = visits.level
+        chosen = captions.groupby(["kind", self.level]).head(A_LEVEL).index
         self.captions, self.rows, self.device = captions.loc[chosen].reset_index(drop=True), rows[chosen], place.device
         self.autocast = place.autocast
         self.judge = Judge(place.models / "clip", place.device)
@@ -39,18 +40,20 @@ class Watch:
             features = self._features(pipe)
         result = {}
         copies = self._copies(pictures)
-        for (kind, visits), part in self.captions.groupby(["kind", "visits"]):
+        for (kind, level), part in self.captions.groupby(["kind", self.level]):
             places = part.index.to_numpy()
             if kind in FIXED:
-                result[f"copies {kind} {visits}"] = round(copies[places].float().mean().item(), 3)
+                result[f"copies {kind} {level}"] = round(copies[places].float().mean().item(), 3)
                 for name, value in features.items():
                     ordinary = np.flatnonzero(self.captions["kind"] == "ordinary")
                     both = np.concatenate([places, ordinary])
                     truth = np.arange(len(both)) < len(places)
-                    result[f"{name} {kind} {visits}"] = round(roc_auc_score(truth, value[both]), 3)
+                    result[f"{name} {kind} {level}"] = round(roc_auc_score(truth, value[both]), 3)
         for kind in ("held-out", "ordinary", "verbatim"):
             places = np.flatnonzero(self.captions["kind"] == kind)
-            seen = self.judge.accuracy(pictures[places], self.rows[places, : len(NAMED)])
+            seen = self.judge.accuracy(
+                pictures[places], self.rows[places, : len(NAMED)], self.captions["named"][places]
+            )
             result |= {f"{kind} {name}": value for name, value in seen.items()}
         return result
 
