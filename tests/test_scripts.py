@@ -139,10 +139,10 @@ def test_bad_input_is_one_clear_line(run_script, prompt_file, arguments, said):
 
 BAD_COMMANDS = [  # what a user types, and what is said of it
     (["detect_mem.py", "--model", "testbed-eps", "--prompts", "none.txt"], "none.txt: no such file"),
-    (["mitigate_mem.py", "--model", "no/such/folder", "--all", "--method", "cwr", "--prompts", "prompts/testbed-eps.csv"],
+    (["mitigate_mem.py", "--model", "no/such/folder", "--all", "--method", "cwr", "--prompts", "prompts/testbed.csv"],
      "no/such/folder: no such folder"),
 ]  # fmt: skip
-STUDY = ["memorization.studies.timestep_sweep", "--model", "no/such/folder", "--prompts", "prompts/testbed-eps.csv"]
+STUDY = ["memorization.studies.timestep_sweep", "--model", "no/such/folder", "--prompts", "prompts/testbed.csv"]
 
 
 @pytest.mark.parametrize("commands", [BAD_COMMANDS, [(STUDY, "no/such/folder: no such folder")]])
