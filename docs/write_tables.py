@@ -404,6 +404,15 @@ def index_build() -> str:
     return rows_as_table(pd.read_csv(RESULTS / "speed" / "index_build.csv", dtype=str).to_dict("records"))
 
 
+# ---------------------------------------------------------------- families
+@table
+def families(kind: str) -> str:
+    """What works on which family, of detectors or mitigations."""
+    frame = pd.read_csv(RESULTS / "families.csv", dtype=str).fillna("")
+    frame = frame[frame["kind"] == kind].drop(columns="kind")
+    return rows_as_table([{**row, "method": f"`{row['method']}`"} for row in frame.to_dict("records")])
+
+
 # ---------------------------------------------------------------- sizes
 @table
 def sizes() -> str:

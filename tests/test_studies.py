@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from memorization.detectors.guidance_flux import GuidanceFlux
 from memorization.detectors.p_laplace import PLaplace
 from memorization.errors import InputError
 from memorization.io.published import PUBLISHED
+from memorization.models.base import split_able
 from memorization.models.generation import Step
 from memorization.runs.pictures import PictureScorer
 from memorization.runs.scorer import Scorer
@@ -63,8 +65,8 @@ def test_guidance_that_pulls_to_the_guess_has_flux_one():
         def predict(latents, timestep, cond=True):
             return sign * (latents - 0.9 * z[:, None]) if cond else torch.zeros_like(latents)
 
-        point = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon")
-        return torch.stack([detector.reduce(Step(i, point, z, z, None), predict) for i in range(4)])
+        point, model = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon"), SimpleNamespace(raw=predict)
+        return torch.stack([detector.reduce(Step(i, point, z, z, None), model) for i in range(4)])
 
     def measured(x, t, cond=True):
         distance = (x - 0.9 * z[:, None]).flatten(2).norm(dim=2)
@@ -72,7 +74,7 @@ def test_guidance_that_pulls_to_the_guess_has_flux_one():
         return x
 
     point = NoisePrediction(500, z, z, z, 0.9, 0.4, "epsilon")
-    detector.reduce(Step(0, point, z, z, None), measured)
+    detector.reduce(Step(0, point, z, z, None), SimpleNamespace(raw=measured))
     assert detector(torch.tensor([[1.0], [math.nan], [4.0]]))["guidance_flux"].item() == 2.5  # mean of what was read
     assert torch.allclose(detector(kept(1))["guidance_flux"], torch.ones(2), atol=1e-4)
     assert torch.allclose(detector(kept(-1))["guidance_flux"], -torch.ones(2), atol=1e-4)
@@ -95,7 +97,9 @@ def test_all_detectors_cost_little_more_than_the_dearest():
     """Evaluations counted at fifty steps."""
     from memorization.runs.costs import measure_costs
 
-    costs = measure_costs(load_tiny("tiny-eps"), make_detectors(["all"], {}), ["red kite"], steps=50, batch_size=32)
+    pipe = load_tiny("tiny-eps")
+    able, _ = split_able(pipe, make_detectors(["all"], {}))
+    costs = measure_costs(pipe, able, ["red kite"], steps=50, batch_size=32)
     counted = {name: cost["evaluations"] for name, cost in costs.items()}
     assert counted["trajectory_norm"] == 100 and counted["anisotropy"] == 2
     assert counted["all"] <= 1.15 * max(count for name, count in counted.items() if name != "all")

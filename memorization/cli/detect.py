@@ -96,7 +96,7 @@ def main(arguments: Arguments = None) -> None:
     from memorization.models.spec import find_model
     from memorization.paths import default_out
     from memorization.runs.costs import write_costs
-    from memorization.runs.detect import Scoring, configured_detectors, deciding, detect, notes_on
+    from memorization.runs.detect import Scoring, able_detectors, configured_detectors, deciding, detect, notes_on
     from memorization.runs.pictures import check_needs, read_pictures
 
     spec = find_model(args.model)
@@ -113,7 +113,11 @@ def main(arguments: Arguments = None) -> None:
         listed = read_pictures(args.pictures)
     else:
         listed = read_lists(chosen_lists(args) or spec.lists())
-    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps))
+    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps),
+                       any_family=True)  # fmt: skip
+    detectors, left_out = able_detectors(model.pipe, detectors, args.detectors)
+    if left_out:
+        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
     out = args.out or default_out("detection", spec.name, "main")

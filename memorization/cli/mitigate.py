@@ -86,7 +86,7 @@ def main(arguments: Arguments = None) -> None:
     )  # fmt: skip
     plan.calibrated(args.model, mitigation, calibration)  # what is missing is said before the model is loaded
     prompts = prompts_of(spec, args.prompts)
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, any_family=True)
     out = args.out or default_out("mitigated", spec.name, args.method)
     result = mitigate_list(model, prompts, mitigation, plan, calibration=calibration, clip=args.clip, sscd=args.sscd,
                            out=out, overwrite=args.overwrite)  # fmt: skip
