@@ -36,18 +36,31 @@ from memorization.settings import make
 List = str | Path | Sequence[str] | pd.DataFrame  # a file, texts, or a frame with a column "prompt"
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Model:
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    config: str | Path | None = None,
+    adapters: Sequence[tuple[str | Path, float]] = (),
+) -> Model:
     """Load a model.
 
     Args:
-        name: a name (``python -m memorization models`` lists them), a YAML file of your own, a folder, or a hub id.
+        name: a name (``python -m memorization models`` lists them), a YAML file of your own, a folder, a hub
+            id, or one file in safetensors.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the model's own, else by hardware.
+        config: where the configs of a model that is one file are: a folder in diffusers format, or a hub id.
+        adapters: LoRAs in safetensors, each with its scale.
 
     Raises:
         InputError: there is no such model, or its checkpoint lacks what is needed.
     """
-    return load_model(str(name), device=device, dtype=dtype, any_family=True)
+    return load_model(
+        str(name), device=device, dtype=dtype, any_family=True, config=None if config is None else str(config),
+        adapters=[(Path(file), float(scale)) for file, scale in adapters],
+    )  # fmt: skip
 
 
 def score(

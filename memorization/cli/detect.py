@@ -27,7 +27,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add_flags(parser, "--model", required=True)
-    add_flags(parser, "--prompts")
+    add_flags(parser, "--config", "--lora", "--prompts")
     add("--memorized", type=Path, metavar="FILE", help="a list whose prompts all count as memorized; "
         "needs --non-memorized")
     add("--non-memorized", type=Path, metavar="FILE", help="a list whose prompts all count as not memorized")
@@ -114,7 +114,7 @@ def main(arguments: Arguments = None) -> None:
     else:
         listed = read_lists(chosen_lists(args) or spec.lists())
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps),
-                       any_family=True)  # fmt: skip
+                       any_family=True, config=args.config, adapters=args.lora)  # fmt: skip
     detectors, left_out = able_detectors(model.pipe, detectors, args.detectors)
     if left_out:
         print(f"left out: {'; '.join(left_out)}", file=sys.stderr)

@@ -5,6 +5,7 @@ Stable Diffusion 1 and 2 here; pipelines of other families in pipelines.py, whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import CLIPTextModel
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
+from memorization.io.files import sha256_of
 from memorization.models.base import TextToImage
 from memorization.models.checkpoint import (
     fetch_part,
@@ -24,10 +26,12 @@ from memorization.models.checkpoint import (
     load_network,
     load_tokenizer,
 )
-from memorization.models.consistency import check_autoencoder, check_pipeline
+from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
 from memorization.models.index import check_named, load_scheduler, read_index
-from memorization.models.pipelines import UNUSED, is_other, load_replay
+from memorization.models.lora import put_on
+from memorization.models.pipelines import UNUSED, is_other, load_other, replayed
+from memorization.models.single import configs_for, load_single, single_file
 from memorization.models.spec import ModelSpec, find_model, model_names
 
 CLASSES = {  # part -> classes that its index may name, the first of which is loaded
@@ -54,8 +58,9 @@ class Model:
 
 
 def load_model(
-    name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True, any_family: bool = False
-) -> Model:
+    name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True, any_family: bool = False,
+    config: str | None = None, adapters: Sequence[tuple[Path, float]] = (),
+) -> Model:  # fmt: skip
     """Load a model by its name, YAML file, folder or hub id.
 
     Args:
@@ -63,22 +68,59 @@ def load_model(
         dtype: None for the model's own, else by hardware.
         pictures: load the autoencoder too; scores of prompts do without it.
         any_family: take pipelines of other families than Stable Diffusion 1 and 2.
+        config: folder or hub id of the configs of a model that is one file; None for the spec's, or for what diffusers
+            finds without a network.
+        adapters: LoRAs to put on, each at a scale.
 
     Raises:
         InputError: there is no such model or device, the hub cannot be reached, or the checkpoint lacks what is needed.
     """
     spec, place = find_model(name), pick_device(device)
     dtype = pick_dtype(dtype or spec.dtype, place)
-    folder = find_checkpoint(spec, pictures)
+    file = single_file(spec.ids)
+    if config and not file:
+        raise InputError(f"--config {config}: goes with a model that is one file")
+    folder = configs_for(file, config or spec.config) if file else find_checkpoint(spec, pictures)
     named = read_index(folder)["_class_name"]
-    if not is_other(named):
-        return Model(name, spec, load_stable_diffusion(folder, dtype, place, pictures=pictures), dtype)
-    if not any_family:
+    other = is_other(named)
+    if other and not any_family:
         raise InputError(f"{folder}: a {named}; this command is for Stable Diffusion 1 and 2 alone")
-    pipe = load_replay(folder, DTYPES[dtype], place)
-    if spec.ids == (name,):  # of a folder or hub id nothing is known; its pipeline says how it is guided
-        spec = replace(spec, guidance_scale=pipe.guidance_scale)
-    return Model(name, spec, pipe, dtype)
+    if file:
+        whole = load_single(file, folder, DTYPES[dtype])
+        pipe = whole if other else as_ours(whole, folder)
+    else:
+        pipe = load_other(folder, DTYPES[dtype]) if other else load_parts(folder, dtype, pictures=pictures)
+    put_on(pipe, adapters)
+    ready(pipe, folder, dtype, place)
+    made = replayed(pipe, folder) if other else pipe
+    made.files = {"file": sha256_of(file)} if file else {}
+    made.files |= {f"lora {i} at {scale:g}": sha256_of(path) for i, (path, scale) in enumerate(adapters, 1)}
+    if other and spec.ids == (name,):  # of a folder or hub id nothing is known; its pipeline says how it is guided
+        spec = replace(spec, guidance_scale=made.guidance_scale)
+    return Model(name, spec, made, dtype)
+
+
+def as_ours(pipe: Any, folder: Path) -> LocalStableDiffusionPipeline:
+    """A pipeline of Stable Diffusion 1 or 2 with its predictions laid open, once its parts are seen to belong together.
+
+    Raises:
+        InputError: they do not.
+    """
+    ours = LocalStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    check_pipeline(ours, folder)
+    check_scheduler(ours.scheduler, folder)
+    return ours
+
+
+def ready(pipe: Any, folder: Path, dtype: str, device: torch.device) -> None:
+    """Note where a pipeline comes from, and put it where it is used."""
+    pipe.register_to_config(_name_or_path=str(folder))
+    if dtype == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    if hasattr(pipe, "unet"):
+        pipe.unet.to(memory_format=torch.channels_last)
 
 
 def find_checkpoint(spec: ModelSpec, pictures: bool) -> Path:
@@ -99,13 +141,14 @@ def find_checkpoint(spec: ModelSpec, pictures: bool) -> Path:
 def load_pipeline(
     spec: ModelSpec, dtype: str, device: torch.device, *, pictures: bool = False
 ) -> LocalStableDiffusionPipeline:
-    """Load a checkpoint of Stable Diffusion 1 or 2 by its name; raises as :func:`load_stable_diffusion`."""
-    return load_stable_diffusion(find_checkpoint(spec, pictures), dtype, device, pictures=pictures)
+    """Load a checkpoint of Stable Diffusion 1 or 2 by its name; raises as :func:`load_parts`."""
+    folder = find_checkpoint(spec, pictures)
+    pipe = load_parts(folder, dtype, pictures=pictures)
+    ready(pipe, folder, dtype, device)
+    return pipe
 
 
-def load_stable_diffusion(
-    folder: Path, dtype: str, device: torch.device, *, pictures: bool = False
-) -> LocalStableDiffusionPipeline:
+def load_parts(folder: Path, dtype: str, *, pictures: bool = False) -> LocalStableDiffusionPipeline:
     """Load a checkpoint, part by part: only whole weights in safetensors, and no code of its own.
 
     Args:
@@ -126,13 +169,7 @@ def load_stable_diffusion(
         unet=load_network(UNet2DConditionModel, folder / "unet", number),
         **dict.fromkeys(UNUSED), requires_safety_checker=False,
     )  # fmt: skip
-    pipe.register_to_config(_name_or_path=str(folder))
     check_pipeline(pipe, folder)
-    if dtype == "float32":
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    pipe.unet.to(memory_format=torch.channels_last)
     return pipe
 
 
@@ -178,4 +215,5 @@ def revision_of(pipe: TextToImage | DDPMPipeline, *, pictures: bool) -> dict[str
     parts = getattr(pipe, "shaping", None) or [
         part for part in ("unet", "text_encoder", "tokenizer", "scheduler", "vae") if hasattr(pipe, part)
     ]
-    return identity_of(folder_of(pipe), [part for part in parts if part != "vae" or pictures])
+    found = identity_of(folder_of(pipe), [part for part in parts if part != "vae" or pictures])
+    return {**found, **getattr(pipe, "files", {})}

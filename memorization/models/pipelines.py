@@ -34,11 +34,11 @@ def is_other(name: str) -> bool:
     return name != OURS and name in {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
 
 
-def load_replay(folder: Path, dtype: torch.dtype, device: torch.device) -> Replay:
-    """Load a pipeline of any family as a model.
+def load_other(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a pipeline of any family.
 
     Raises:
-        InputError: a part is missing, damaged, or of no class that is loaded here, or its parts do not work together.
+        InputError: a part is missing, damaged, or of no class that is loaded here.
     """
     index = read_index(folder)
     cls = getattr(diffusers, index["_class_name"])
@@ -50,15 +50,9 @@ def load_replay(folder: Path, dtype: torch.dtype, device: torch.device) -> Repla
         if part in known and isinstance(named, list)
     }
     try:
-        pipe = cls(**parts, **settings)
+        return cls(**parts, **settings)
     except Exception as error:  # whatever a class of diffusers makes of parts that are not its own
         raise InputError(f"{folder}: no {cls.__name__} can be made of its parts ({in_short(error)})") from None
-    pipe.register_to_config(_name_or_path=str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    replay = replayed(pipe, folder)
-    replay.shaping = [part for part, one in parts.items() if one is not None]
-    return replay
 
 
 def replayed(pipe: Any, where: Path | str) -> Replay:
@@ -80,10 +74,10 @@ def replayed(pipe: Any, where: Path | str) -> Replay:
 
 
 def load_part(folder: Path, part: str, named: list, index: dict, dtype: torch.dtype) -> Any:
-    """A part by the class that the index names; None where it names none, and for what pictures' checks need.
+    """A part by the class that the index names; None where it names none, and for what is not used.
 
     Raises:
-        InputError: as :func:`load_replay`.
+        InputError: as :func:`load_other`.
     """
     if named == [None, None] or part in UNUSED:
         return None

@@ -57,7 +57,8 @@ class Replay(Traced):
 
     Attributes:
         contrast: what stands for no prompt, in words.
-        shaping: folders of its parts, where it was loaded from one.
+        shaping: names of its parts.
+        files: name -> sha256 of further files that it is made of.
 
     Raises:
         InputError: a cache is enabled on the denoiser, or the pipeline's call cannot be read.
@@ -74,7 +75,8 @@ class Replay(Traced):
         self._divisor = float(pipe.scheduler.timesteps[0]) / float(self._time.flatten()[0])
         self._shape = family.unpack(pipe, self._call[family.latents], self._call).shape[1:]
         self._grids: dict[int, list] = {}
-        self.shaping: list[str] = []
+        self.shaping = [part for part, one in pipe.components.items() if one is not None]
+        self.files: dict[str, str] = {}
         self.prediction_type = family.scale(pipe, 1).kind
         self.can = frozenset(self._abilities())
 
