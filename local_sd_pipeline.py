@@ -170,8 +170,8 @@ class Traced:
     contrast: str | None = None
     prediction_type: str
     _encode: Callable[[Sequence[str]], Tensor]
-    predict_noise: Callable[[Tensor, int, Tensor], Tensor]
-    noise_scales: Callable[[int], tuple[float, float]]
+    predict_noise: Callable[[Tensor, Any, Tensor], Tensor]
+    noise_scales: Callable[[Any], tuple[float, float]]
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of ``prompts``, a row each: ``(prompts, tokens, width)`` where one text encoder's states are all.

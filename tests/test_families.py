@@ -9,6 +9,7 @@ import pytest
 import tiny_families
 import torch
 from conftest import load_tiny
+from diffusers import EDMEulerScheduler
 
 import memorization as mem
 from local_sd_pipeline import NoisePrediction, Scale
@@ -20,9 +21,11 @@ from memorization.errors import InputError
 from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
 from memorization.models.base import check_able, split_able, unit_of
+from memorization.models.families.guessed import Guessed
 from memorization.models.generation import generate
 from memorization.models.loading import load_model
 from memorization.models.pipelines import replayed
+from memorization.models.replay import check_step, first_call
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases
 from memorization.runs.sampling import sample
@@ -200,6 +203,51 @@ def test_masks_are_no_numbers_that_may_be_changed():
     mask = parts["prompt_attention_mask"]
     assert not mask.is_floating_point() and mask.sum(1).tolist() == [10 + 1, 0 + 1, len(PROMPTS[2]) + 1]
     assert model.free(embeds).sum() == parts["prompt_embeds"][0].numel()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_check_of_a_step_holds_for_every_family(name):
+    check_step(replayed(getattr(tiny_families, name)(), name))
+
+
+# ---------------------------------------------------------------- pipelines that have no file
+def test_a_pipeline_without_a_file_is_read_from_its_calls():
+    model = replayed(tiny_families.chroma(), "chroma")
+    assert model.family.name == "guessed" and model.prediction_type == "flow" and model._divisor == 1000
+    embeds, noise = model.embed(PROMPTS), model.pure_noise(2, 7)
+    t = model.detection_timesteps(5)[0]
+    with torch.no_grad():
+        point = model.trace(embeds, noise, [t])[t]
+        steps = generate(model, embeds[:1], model.embed([""]), model.pure_noise(1, 3), steps=5, guidance_scale=3.0)
+        found = next(steps).after
+    assert (point.norm[1] == 0).all() and (point.norm[[0, 2]] > 1e-4).all()
+    expected = first_step(model, PROMPTS[0], 3.0)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_pipeline_whose_sampler_goes_another_way_is_refused():
+    pipe = tiny_families.chroma()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *args, **kwargs: step(-output, *args, **kwargs)
+    with pytest.raises(InputError, match="ChromaPipeline: its sampler makes another step"):
+        replayed(pipe, "chroma")
+
+
+def test_what_cannot_be_read_is_said_in_one_line():
+    pipe = tiny_families.chroma()
+    family = Guessed(pipe)
+    call = first_call(pipe, family, ["a", "a kite"])
+    for changed, scheduler, said in (
+        ({}, EDMEulerScheduler(), "says not how much noise there is"),
+        ({"timestep": 1.0}, pipe.scheduler, "no timestep"),
+        ({"hidden_states": [call["hidden_states"]]}, pipe.scheduler, "no latents of two or three axes"),
+        ({"encoder_hidden_states": None, "attention_mask": None}, pipe.scheduler, "nothing that tells prompts apart"),
+    ):
+        with pytest.raises(InputError, match=said):
+            family.read(SimpleNamespace(scheduler=scheduler), {**call, **changed})
+    pipe.transformer = None
+    with pytest.raises(InputError, match="has no transformer and no unet"):
+        replayed(pipe, "chroma")
 
 
 # ---------------------------------------------------------------- what it cannot do

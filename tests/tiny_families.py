@@ -6,6 +6,8 @@ import torch
 from conftest import GOLDEN
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -139,6 +141,24 @@ def flux() -> FluxPipeline:
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder(shift_factor=0.1), text_encoder=text_encoder(CLIPTextModel, len(words)), tokenizer=words,
         text_encoder_2=t5(), tokenizer_2=letters(),
+    )  # fmt: skip
+    pipe.default_sample_size = 16
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def chroma() -> ChromaPipeline:
+    """Of a family that has no file here."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    pipe = ChromaPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        text_encoder=t5(), tokenizer=letters(),
     )  # fmt: skip
     pipe.default_sample_size = 16
     pipe.set_progress_bar_config(disable=True)

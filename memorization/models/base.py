@@ -100,7 +100,7 @@ class TextToImage(Protocol):
         ...
 
 
-def unit_of(pipe: TextToImage, timestep: int) -> Scale:
+def unit_of(pipe: TextToImage, timestep: Any) -> Scale:
     """What ``predict_noise`` gives at a timestep."""
     return Scale("flow" if pipe.prediction_type == "flow" else "epsilon", *pipe.noise_scales(timestep))
 

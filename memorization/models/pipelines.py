@@ -21,8 +21,9 @@ from memorization.errors import InputError
 from memorization.models.checkpoint import in_short, load_network, load_tokenizer, read_config
 from memorization.models.consistency import check_autoencoder
 from memorization.models.families.base import family_of
+from memorization.models.families.guessed import Guessed
 from memorization.models.index import load_scheduler, read_index
-from memorization.models.replay import Replay
+from memorization.models.replay import Replay, check_step
 
 OURS = "StableDiffusionPipeline"  # loaded in loading.py
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -59,11 +60,16 @@ def replayed(pipe: Any, where: Path | str) -> Replay:
     """A pipeline as a model, once its denoiser has been called.
 
     Raises:
-        InputError: it is of no family that is known, or its parts do not work together.
+        InputError: it is of no family that is known and cannot be read without, or its parts do not work together.
     """
-    family = family_of(pipe)
+    try:
+        family = family_of(pipe)
+    except InputError:
+        family = Guessed(pipe)
     try:
         made = Replay(pipe, family)
+        if isinstance(family, Guessed):
+            check_step(made)
         with torch.no_grad():
             made.predict_noise(made.pure_noise(1, 0), made.detection_timesteps(2)[0], made.embed([""]))
     except InputError:

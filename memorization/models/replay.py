@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from local_sd_pipeline import Traced
 from memorization.errors import InputError
+from memorization.models.base import TextToImage, unit_of
 from memorization.models.families.base import Family, take
 
 PAIR = ("a", "a red kite over a harbour at dusk")  # two rows, so that what has a row a picture can be told
@@ -70,6 +71,7 @@ class Replay(Traced):
             raise InputError("a cache is enabled on the denoiser: what it returns is then no prediction; disable it")
         self.contrast = family.contrast
         self._call = first_call(pipe, family, PAIR)  # whose latents, time and prompts are replaced
+        family.read(pipe, self._call)
         self._shapes = [(torch.Size(one.shape[1:]), one.dtype) for one in family.condition(self._call)]
         self._time: Tensor = self._call["timestep"]
         self._divisor = float(pipe.scheduler.timesteps[0]) / float(self._time.flatten()[0])
@@ -81,9 +83,10 @@ class Replay(Traced):
         self.can = frozenset(self._abilities())
 
     def _abilities(self) -> list[str]:
+        packed = self.family.packed
         return [
             *(["attention"] if isinstance(self.denoiser, UNet2DConditionModel) else []),
-            *(["pictures"] if isinstance(getattr(self.pipe, "vae", None), AutoencoderKL) else []),
+            *(["pictures"] if isinstance(getattr(self.pipe, "vae", None), AutoencoderKL) and not packed else []),
             *(["eps"] if self.prediction_type != "flow" else []),
             *(["guidance"] if self._call.get("guidance") is not None else []),
         ]
@@ -134,10 +137,17 @@ class Replay(Traced):
 
     def _encode_blank(self) -> Tensor:
         with torch.no_grad():
-            return self._row_of(self.family.encode_empty(self.pipe))
+            empty = self.family.encode_empty(self.pipe)
+        return self._encode([""]) if empty is None else self._row_of(empty)
 
     def _row_of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors that hold prompts as one, a row a prompt: float32 holds every value of each."""
+        """The tensors that hold prompts as one, a row a prompt: float32 holds every value of each.
+
+        Raises:
+            InputError: prompts of a call are filled up to the longest, so that a row depends on the others.
+        """
+        if any(one.shape[1:] != shape for one, (shape, _) in zip(tensors, self._shapes, strict=True)):
+            raise InputError(f"{type(self.pipe).__name__}: its prompts take as many places as the longest of a call")
         return torch.cat([one.to(self.device).float().flatten(1) for one in tensors], 1)
 
     def parts(self, embeds: Tensor) -> dict[str, Tensor]:
@@ -201,3 +211,41 @@ class Replay(Traced):
         time = torch.full_like(self._time.flatten()[:1], timestep)
         time = time if self._divisor == 1 else time / self._divisor
         return time.expand(rows) if self._time.dim() else time[0]
+
+
+def check_step(model: Replay) -> None:
+    """See that the first step of the pipeline's own sampler is what the model's prediction says.
+
+    The step is the first one of any deterministic sampler, x' = alpha' x0 + sigma' eps, from the latents and times that
+    the denoiser was given in the pipeline's own call, to those that it is given next.
+
+    Raises:
+        InputError: it is another; the family's file would be wrong for this pipeline, or there is none.
+    """
+    pipe, family, seen = model.pipe, model.family, []
+
+    def look(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        named = family.named(args, kwargs)
+        seen.append((family.unpack(pipe, named[family.latents], named).float(), named["timestep"].flatten()[0]))
+        if len(seen) == 2:
+            raise _Called(named)
+
+    hook = model.denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    options = {"num_inference_steps": 4, "output_type": "latent", **family.unguided}
+    try:
+        pipe(prompt=list(PAIR), generator=torch.Generator().manual_seed(0), **options)
+    except _Called:
+        pass
+    finally:
+        hook.remove()
+    (x, time), (after, later) = seen
+    t, next_t = (float(one) * model._divisor for one in (time, later))
+    with torch.no_grad():
+        raw = model.predict_noise(x, t, model.embed(PAIR))
+    scale, (alpha, sigma) = unit_of(cast(TextToImage, model), t), model.noise_scales(next_t)
+    found = alpha * scale.x0(raw, x) + sigma * scale.eps(raw, x)
+    if not (found - after).norm() <= 0.02 * (after - x).norm():  # NaN is not
+        raise InputError(
+            f"{type(pipe).__name__}: its sampler makes another step than its denoiser's output, read as that of "
+            f"{family.name}, says; it needs a file of its own (docs/families.md)"
+        )

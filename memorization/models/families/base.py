@@ -48,6 +48,8 @@ class Family(ABC):
     mitigable: ClassVar[bool] = False
     watchable: ClassVar[bool] = True
 
+    packed: bool = False  # whether latents as they are unpacked are still no picture's
+
     def __init__(self) -> None:
         self._empty: list[Tensor] | None = None  # what stands for no prompt, of one row
 
@@ -78,6 +80,9 @@ class Family(ABC):
     @abstractmethod
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         """The condition of no prompt, one row: what the pipeline's guidance takes where nothing negative is given."""
+
+    def read(self, pipe: Any, call: Arguments) -> None:  # noqa: B027 - most know it all from the start
+        """Learn from a call for two different prompts."""
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         """The prediction in an output, ``(rows, ...)`` as ``latents``: some denoisers give more."""
