@@ -13,6 +13,7 @@ from diffusers import EDMEulerScheduler
 
 import memorization as mem
 from local_sd_pipeline import NoisePrediction, Scale
+from memorization.cli.calibrate import main as calibrate_command
 from memorization.cli.detect import main as detect_command
 from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.base import DETECTORS, make_detectors
@@ -185,6 +186,25 @@ def test_bfloat16_says_nearly_the_same(model):
         point = half.trace(half.embed(PROMPTS), half.pure_noise(2, 7), [t])[t]
     assert point.cond.dtype == torch.float32
     assert torch.allclose(point.norm[[0, 2]], full[[0, 2]], rtol=0.2)
+
+
+def test_packed_latents_are_those_of_diffusers():
+    model = replayed(tiny_families.flux(), "flux")
+    x = model.pure_noise(2, 0)
+    packed = model.family.pack(x)
+    assert torch.equal(packed, model.pipe._pack_latents(x, 2, 4, 16, 16))
+    assert torch.equal(model.family.unpack(model.pipe, packed, model._call), x)
+
+
+def test_thresholds_of_the_guard_are_made_of_any_family_that_it_watches(folders, tmp_path, capsys):
+    things = ("kite", "boat", "clock", "tree", "house")
+    prompts = [f"{color} {thing}" for color in ("red", "blue", "green", "old") for thing in things]
+    (tmp_path / "ordinary.txt").write_text("\n".join(prompts))
+    common = ["--prompts", str(tmp_path / "ordinary.txt"), "--steps", "3", "--fpr", "0.2", "--dtype", "float32"]
+    calibrate_command([*common, "--model", str(folders("sd3")), "--out", str(tmp_path / "t.yaml")])
+    assert "threshold " in capsys.readouterr().out and (tmp_path / "t.yaml").is_file()
+    with pytest.raises(InputError, match="cannot watch the family flux"):
+        calibrate_command([*common, "--model", str(folders("flux")), "--out", str(tmp_path / "f.yaml")])
 
 
 def test_zeros_stand_for_no_prompt_where_the_pipeline_says_so():

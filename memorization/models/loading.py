@@ -123,6 +123,11 @@ def ready(pipe: Any, folder: Path, dtype: str, device: torch.device) -> None:
         pipe.unet.to(memory_format=torch.channels_last)
 
 
+def pipeline_of(model: Model) -> Any:
+    """The pipeline of diffusers that a model is made of, whatever its family."""
+    return getattr(model.pipe, "pipe", model.pipe)
+
+
 def find_checkpoint(spec: ModelSpec, pictures: bool) -> Path:
     """The folder of a model's checkpoint.
 
@@ -173,7 +178,7 @@ def load_parts(folder: Path, dtype: str, *, pictures: bool = False) -> LocalStab
     return pipe
 
 
-def with_scheduler(pipe: LocalStableDiffusionPipeline, name: str) -> None:
+def with_scheduler(pipe: Any, name: str) -> None:
     """Give a pipeline another scheduler of diffusers, with the settings of its own.
 
     Raises:
