@@ -433,6 +433,15 @@ def _empty(columns: tuple[str, ...]) -> dict[str, str]:
     return dict.fromkeys(columns, "")
 
 
+# ---------------------------------------------------------------- families
+@table
+def families(kind: str) -> str:
+    """What works on which family, of detectors or mitigations."""
+    frame = pd.read_csv(RESULTS / "families.csv", dtype=str).fillna("")
+    frame = frame[frame["kind"] == kind].drop(columns="kind")
+    return rows_as_table([{**row, "method": f"`{row['method']}`"} for row in frame.to_dict("records")])
+
+
 # ---------------------------------------------------------------- sizes
 @table
 def sizes() -> str:

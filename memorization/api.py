@@ -22,7 +22,7 @@ from memorization.evaluation.runs import Run, read_run
 from memorization.io.prompts import Listed, listed
 from memorization.models.loading import Model, load_model
 from memorization.models.spec import ModelSpec
-from memorization.runs.detect import Scoring, configured_detectors, detect
+from memorization.runs.detect import Scoring, able_detectors, configured_detectors, detect
 from memorization.runs.mitigate import (
     Mitigating,
     Prompts,
@@ -36,18 +36,31 @@ from memorization.settings import make
 List = str | Path | Sequence[str] | pd.DataFrame  # a file, texts, or a frame with a column "prompt"
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str | None = None) -> Model:
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    config: str | Path | None = None,
+    adapters: Sequence[tuple[str | Path, float]] = (),
+) -> Model:
     """Load a model.
 
     Args:
-        name: a name (``python -m memorization models`` lists them), a YAML file of your own, a folder, or a hub id.
+        name: a name (``python -m memorization models`` lists them), a YAML file of your own, a folder, a hub
+            id, or one file in safetensors.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the model's own, else by hardware.
+        config: where the configs of a model that is one file are: a folder in diffusers format, or a hub id.
+        adapters: LoRAs in safetensors, each with its scale.
 
     Raises:
         InputError: there is no such model, or its checkpoint lacks what is needed.
     """
-    return load_model(str(name), device=device, dtype=dtype)
+    return load_model(
+        str(name), device=device, dtype=dtype, any_family=True, config=None if config is None else str(config),
+        adapters=[(Path(file), float(scale)) for file, scale in adapters],
+    )  # fmt: skip
 
 
 def score(
@@ -67,7 +80,7 @@ def score(
     Args:
         prompts: a list's file, texts, or a frame with a column ``prompt``; ``label`` (0 or 1), ``family`` and ``split``
             are kept, for :func:`evaluate`.
-        detectors: names, or ``["all"]``.
+        detectors: names, or ``["all"]``: all that the model can do.
         noises: a prompt.
         settings: detector -> its settings, over the model's.
         calibration: a file that ``detect_eval.py --calibrate`` wrote, whose settings are taken.
@@ -86,6 +99,7 @@ def score(
     known = read_calibration(Path(calibration)) if calibration else Calibration()
     holds_for = {"model": model.name, "num_images": scoring.noises, "steps": scoring.steps}
     chosen = configured_detectors(detectors, settings or {}, model.spec, known, holds_for)
+    chosen, _ = able_detectors(model.pipe, chosen, detectors)
     store = detect(model, _listed(prompts), chosen, scoring, calibration=known, out=_path(out),
                    overwrite=overwrite)  # fmt: skip
     frame = pd.DataFrame(store.rows)

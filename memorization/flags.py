@@ -51,9 +51,23 @@ def names(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
+def adapter(text: str) -> tuple[Path, float]:
+    """``FILE[:SCALE]`` -> the file and its scale, 1 where there is none."""
+    name, _, scale = text.rpartition(":")
+    try:
+        return (Path(name), value(float)(scale)) if name else (Path(text), 1.0)
+    except argparse.ArgumentTypeError:  # a colon of the path
+        return Path(text), 1.0
+
+
 FLAGS: dict[str, dict[str, Any]] = {
-    "--model": dict(metavar="NAME|YAML|FOLDER|HUB_ID",
-        help="a name (python -m memorization models lists them), a YAML file of your own, a folder, or a hub id"),
+    "--model": dict(metavar="NAME|YAML|FOLDER|HUB_ID|FILE",
+        help="a name (python -m memorization models lists them), a YAML file of your own, a folder, a hub id, or one "
+             "file in safetensors"),
+    "--config": dict(metavar="FOLDER|HUB_ID",
+        help="where the configs of a --model that is one file are (default: the hub client's cache)"),
+    "--lora": dict(type=adapter, action="append", default=[], metavar="FILE[:SCALE]",
+        help="a LoRA on top of the model, in safetensors; may be repeated"),
     "--prompts": dict(type=Path, metavar="FILE",
         help=".txt, .csv or .jsonl (column prompt or caption; optional label, family); default: the model's own list"),
     "--noises": dict(type=value(Count), metavar="N", help="noises a prompt (default: %(default)s)"),

@@ -1,5 +1,7 @@
 """Detectors that look at how the noise prediction changes with its input, on linear models and on the tiny UNets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import load_tiny
@@ -25,6 +27,7 @@ def linear_model():
         flat = latents.flatten(2)
         return (torch.einsum("kij,knj->kni", a, flat) if cond else flat @ b.T).view_as(latents)
 
+    predict.raw = predict
     xs = x.expand(3, -1, -1, -1, -1)
     trace = NoisePrediction(981, x, predict(xs, 981, False)[0], predict(xs, 981), ALPHA, SIGMA, "epsilon")
     return a, b, x, predict, [trace]
@@ -57,7 +60,8 @@ def test_sharpness_by_both_methods_on_a_unet():
 def test_sharpness_of_a_blank_prompt_is_zero():
     _, _, _, _, trace = linear_model()
     trace = [trace[0]._replace(cond=trace[0].uncond.expand_as(trace[0].cond))]
-    value = Sharpness()(trace, lambda latents, timestep, cond=True: latents)["sharpness"]
+    same = SimpleNamespace(raw=lambda latents, timestep, cond=True: latents)
+    value = Sharpness()(trace, same)["sharpness"]
     assert value.abs().max() == 0
 
 

@@ -12,14 +12,15 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from scipy.stats import binom
 
 import memorization as mem
+from local_sd_pipeline import Scale
 from memorization.cli.calibrate import main as calibrate_command
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
 from memorization.evaluation.intervals import share_interval
 from memorization.guard import GuardWarning, Refused, calibrate, protect
-from memorization.guard.families.base import Scale, discrete_scale
 from memorization.guard.thresholds import read_thresholds
 from memorization.guard.verdict import Verdict
+from memorization.models.families.base import discrete_scale
 
 NEVER = 1e9
 PROMPTS = ["red kite", "a harbour at dusk with two boats"]
@@ -298,8 +299,10 @@ def test_what_cannot_be_asked_for_is_said_in_one_line(pipe):
             protect(pipe, 1.0, **arguments)
     with pytest.raises(InputError, match="know no sd3"):
         protect(sd3, 1.0, action="mitigate")
-    with pytest.raises(InputError, match="no pipeline that can be protected"):
+    with pytest.raises(InputError, match="no pipeline that is known"):
         protect(DDIMScheduler(), 1.0)
+    with pytest.raises(InputError, match="cannot watch the family pixart"):
+        protect(tiny_families.pixart(), 1.0)
     assert not pipe.unet._forward_hooks
 
 

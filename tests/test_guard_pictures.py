@@ -15,11 +15,11 @@ from PIL import Image
 from memorization.errors import InputError
 from memorization.guard import GuardWarning, Refused, protect
 from memorization.guard.attack import attack
-from memorization.guard.families.base import discrete_scale
 from memorization.guard.post_guidance import UNTIL, PostGuidance, pull
 from memorization.guard.thresholds import Thresholds
 from memorization.index.build import build_index
 from memorization.io.pictures import to_tensor
+from memorization.models.families.base import discrete_scale
 from memorization.similarity.nl2 import normalized_l2
 from memorization.studies.guard import parse, table_of
 

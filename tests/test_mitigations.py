@@ -133,6 +133,11 @@ class Quadratic:
         self.means = means
         self.device = means.device
 
+    prediction_type = "epsilon"
+
+    def noise_scales(self, timestep):
+        return 0.1, 0.99
+
     def embed(self, prompts):
         return torch.zeros(len(prompts), 1, 1)
 

@@ -17,6 +17,7 @@ from memorization.detectors.trajectory_norm import TrajectoryNorm
 from memorization.detectors.trajectory_z import TrajectoryZ
 from memorization.detectors.transition_norm import Transition, transition_point
 from memorization.models.attention import Attention, end_of_text
+from memorization.models.base import split_able
 from memorization.models.generation import Step, generate
 from memorization.runs.scorer import Scorer
 
@@ -194,7 +195,8 @@ def test_curves_are_the_way_and_the_guess():
 def test_all_detectors_together_whatever_the_batch_size():
     pipe = load_tiny("tiny-eps", pictures=True)
     pipe.unet.to(memory_format=torch.contiguous_format)
-    detectors = make_detectors(["all"], {"sharpness": {"method": "exact"}, "p_laplace": {"points": 6}})
+    made = make_detectors(["all"], {"sharpness": {"method": "exact"}, "p_laplace": {"points": 6}})
+    detectors, _ = split_able(pipe, made)
 
     def score(batch_size):
         scorer = Scorer(pipe, detectors, noises=2, seed=51, steps=12, batch_size=batch_size)

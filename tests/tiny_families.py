@@ -6,14 +6,30 @@ import torch
 from conftest import GOLDEN
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 WIDTH = 16
 
@@ -28,6 +44,22 @@ def text_encoder(cls, words: int):
         projection_dim=WIDTH, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     return cls(config).eval()
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer that ends a text as T5's does: letters, and no start token."""
+    known = {one: i for i, one in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "▁kite"])}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def t5() -> T5EncoderModel:
+    config = T5Config(vocab_size=30, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval()
 
 
 def autoencoder(**options) -> AutoencoderKL:
@@ -76,5 +108,58 @@ def sd3() -> StableDiffusion3Pipeline:
         tokenizer=words, text_encoder_2=text_encoder(CLIPTextModelWithProjection, len(words)), tokenizer_2=words,
         text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart() -> PixArtSigmaPipeline:
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32, patch_size=4, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, cross_attention_dim=16, caption_channels=WIDTH, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    pipe = PixArtSigmaPipeline(
+        tokenizer=letters(), text_encoder=t5(), vae=autoencoder(), transformer=transformer, scheduler=scheduler
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux() -> FluxPipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    for block in transformer.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.5)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    pipe = FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(shift_factor=0.1), text_encoder=text_encoder(CLIPTextModel, len(words)), tokenizer=words,
+        text_encoder_2=t5(), tokenizer_2=letters(),
+    )  # fmt: skip
+    pipe.default_sample_size = 16
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def chroma() -> ChromaPipeline:
+    """Of a family that has no file here."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+    pipe = ChromaPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        text_encoder=t5(), tokenizer=letters(),
+    )  # fmt: skip
+    pipe.default_sample_size = 16
     pipe.set_progress_bar_config(disable=True)
     return pipe

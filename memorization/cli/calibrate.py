@@ -24,6 +24,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add_flags(parser, "--model", required=True)
+    add_flags(parser, "--config", "--lora")
     add_flags(parser, "--prompts", required=True, help="ordinary prompts: .txt, .csv or .jsonl")
     add_flags(parser, "--fpr", help="share of ordinary pictures that may be flagged (default: %(default)s)")
     add("--scheduler", metavar="CLASS", help="of diffusers, as your pipeline has it (default: the checkpoint's own)")
@@ -49,14 +50,16 @@ def main(arguments: Arguments = None) -> None:
     import torch
 
     from memorization.guard.calibrating import calibrate
-    from memorization.models.loading import load_model, with_scheduler
+    from memorization.models.loading import load_model, pipeline_of, with_scheduler
 
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, any_family=True, config=args.config,
+                       adapters=args.lora)  # fmt: skip
+    pipe = pipeline_of(model)
     if args.scheduler:
-        with_scheduler(model.pipe, args.scheduler)
+        with_scheduler(pipe, args.scheduler)
     scale = model.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
     found = calibrate(
-        model.pipe, prompts, families=families, fpr=args.fpr, steps=args.read,
+        pipe, prompts, families=families, fpr=args.fpr, steps=args.read,
         generator=torch.Generator().manual_seed(args.seed), batch_size=args.batch_size,
         num_inference_steps=args.steps, guidance_scale=scale,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add_flags(parser, "--model", required=True)
-    add_flags(parser, "--prompts")
+    add_flags(parser, "--config", "--lora", "--prompts")
     add("--memorized", type=Path, metavar="FILE", help="a list whose prompts all count as memorized; "
         "needs --non-memorized")
     add("--non-memorized", type=Path, metavar="FILE", help="a list whose prompts all count as not memorized")
@@ -102,7 +102,7 @@ def main(arguments: Arguments = None) -> None:
     from memorization.models.spec import find_model
     from memorization.paths import default_out
     from memorization.runs.costs import write_costs
-    from memorization.runs.detect import Scoring, configured_detectors, deciding, detect, notes_on
+    from memorization.runs.detect import Scoring, able_detectors, configured_detectors, deciding, detect, notes_on
     from memorization.runs.pictures import check_needs, read_pictures
 
     spec = find_model(args.model)
@@ -120,7 +120,11 @@ def main(arguments: Arguments = None) -> None:
     else:
         listed = read_lists(chosen_lists(args) or spec.lists())
         listed = sample(listed, args.sample) if args.sample else listed
-    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps))
+    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps),
+                       any_family=True, config=args.config, adapters=args.lora)  # fmt: skip
+    detectors, left_out = able_detectors(model.pipe, detectors, args.detectors)
+    if left_out:
+        print(f"left out: {'; '.join(left_out)}", file=sys.stderr)
     if not args.pictures:
         print(notes_on(model.pipe, listed.frame), file=sys.stderr)
     out = args.out or default_out("detection", spec.name, "main")

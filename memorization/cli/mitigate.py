@@ -33,6 +33,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add_flags(parser, "--model", required=True)
+    add_flags(parser, "--config", "--lora")
     add_flags(parser, "--prompts")
     add("--method", default=DEFAULT_MITIGATION, metavar="NAME", help="see below (default: %(default)s)")
     add("--strength", type=value(float), metavar="S", help="of the method (default: the method's own)")
@@ -88,7 +89,9 @@ def main(arguments: Arguments = None) -> None:
     )  # fmt: skip
     plan.calibrated(args.model, mitigation, calibration)  # what is missing is said before the model is loaded
     prompts = prompts_of(spec, args.prompts)
-    model = load_model(args.model, device=args.device, dtype=args.dtype)
+    model = load_model(
+        args.model, device=args.device, dtype=args.dtype, any_family=True, config=args.config, adapters=args.lora
+    )
     out = args.out or default_out("mitigated", spec.name, args.method)
     result = mitigate_list(model, prompts, mitigation, plan, calibration=calibration, clip=args.clip, sscd=args.sscd,
                            out=out, overwrite=args.overwrite)  # fmt: skip

@@ -14,7 +14,8 @@ on pure noise x_T, the same at both timesteps. Two variants:
 Deviations from the paper, all shared with its public code: the cosine is by default taken over the channels of each
 latent pixel and averaged over pixels (``cosine="pixel"``); ``cosine="vector"`` is the formula's full-vector cosine.
 From the public code: ``normalization`` acts here (there the flag reaches nothing): every prediction of an image is
-divided by its L1 or L2 norm over the whole latent before the terms are formed.
+divided by its L1 or L2 norm over the whole latent before the terms are formed. Of a flow the norm is that of x0_c -
+x0_u over sqrt(d) (noise_norm.py says why), and the cosine is between noises, as ever.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class Anisotropy(PromptDetector):
             "cosine": cosine,
         }
 
-    def _outputs(self, point: NoisePrediction) -> tuple[Tensor, Tensor]:
+    def _outputs(self, point: NoisePrediction, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) as the variant reads them, normalised if asked."""
-        return self._as_read(point, point.uncond), self._as_read(point, point.cond)
+        uncond, cond = pair
+        return self._as_read(point, uncond), self._as_read(point, cond)
 
     def _as_read(self, point: NoisePrediction, output: Tensor) -> Tensor:
         if self.variant == "official" and point.prediction_type == "v_prediction":
@@ -83,15 +85,18 @@ class Anisotropy(PromptDetector):
         return output
 
     def _norm(self, point: NoisePrediction) -> Tensor:
-        uncond, cond = self._outputs(point)
+        flow = point.prediction_type == "flow"
+        uncond, cond = self._outputs(point, point.x0 if flow else point.eps)
         norm = (cond - uncond).flatten(2).norm(dim=2)
+        if flow:
+            return norm / cond[0, 0].numel() ** 0.5
         branch = "v" if self.branch == "auto" and point.prediction_type == "v_prediction" else self.branch
         if self.variant == "official" and branch == "v":
             norm = norm * point.alpha / point.sigma**2
         return norm
 
     def _cosine(self, point: NoisePrediction) -> Tensor:
-        uncond, cond = self._outputs(point)
+        uncond, cond = self._outputs(point, point.eps)
         guidance = cond - uncond
         left, right = {
             "x,c|x": (uncond.expand_as(cond), guidance),

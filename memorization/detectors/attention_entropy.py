@@ -43,6 +43,7 @@ class AttentionEntropy(GenerationDetector):
     layer: Place = 3
 
     name: ClassVar[str] = "attention_entropy"
+    asks: ClassVar[tuple[str, ...]] = ("attention",)
     terms: ClassVar[tuple[str, ...]] = ("attention_entropy", "signed_entropy", "layer_entropy")
 
     def attention_steps(self, steps: int) -> list[int]:

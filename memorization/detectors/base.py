@@ -2,7 +2,7 @@
 
 What a detector ``needs`` says what it is given:
 
-- ``prompt``: noise predictions at its ``steps`` of the DDIM grid, on pure noise. All of them share one trace, so
+- ``prompt``: predictions at its ``steps`` of the DDIM grid, on pure noise. All of them share one trace, so
   running more of them costs no UNet call.
 - ``gradient``: the same, and the model, to ask it again elsewhere.
 - ``generation``: every step of a guided generation, which all of them share. ``reduce`` keeps little of each step;
@@ -20,7 +20,7 @@ A detector is a frozen dataclass that derives from one of the four and is regist
         terms: ClassVar[tuple[str, ...]] = ("mine",)
 
         def __call__(self, trace):
-            return {"mine": self.weight * trace[0].guidance.flatten(2).norm(dim=2)}
+            return {"mine": self.weight * trace[0].norm}
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Detector(Checked, ABC):
         curves: of the values it gives, those that are curves and no scores.
         weights: setting -> the term that it weighs in the score; a calibration fits these settings.
         takes_differences: whether it asks the model at points near by, whose small differences need float32.
+        asks: what of a model it needs that not every one has, of ``ABILITIES`` in memorization/models/base.py.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Detector(Checked, ABC):
     curves: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[Mapping[str, str]] = {}
     takes_differences: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
 
     @property
     def forward_mode(self) -> bool:
@@ -139,6 +141,7 @@ DETECTORS: Registry[Detector] = Registry(
     (
         "anisotropy", "noise_norm", "one_step", "fused", "second_look", "sharpness", "trajectory_norm",
         "bright_ending", "attention_entropy", "transition_norm", "trajectory_z", "guidance_flux", "p_laplace", "flipd",
+        "two_guidances",
     ),
     "memorization.detectors",
 )  # fmt: skip

@@ -32,6 +32,7 @@ class BrightEnding(GenerationDetector):
     """``bright_ending``: values ``(rows,)``, at least 0. Of a step, energy and m are kept: ``(rows, 2, h, w)``."""
 
     name: ClassVar[str] = "bright_ending"
+    asks: ClassVar[tuple[str, ...]] = ("attention",)
     terms: ClassVar[tuple[str, ...]] = ("bright_ending",)
 
     def attention_steps(self, steps: int) -> range:

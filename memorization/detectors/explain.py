@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.figures import save_figure
+from memorization.models.base import TextToImage
 
 
 class Significance(NamedTuple):
@@ -25,9 +25,7 @@ class Significance(NamedTuple):
     values: Tensor
 
 
-def token_significance(
-    pipe: LocalStableDiffusionPipeline, prompt: str, latents: Tensor, timestep: int, uncond: Tensor
-) -> Significance:
+def token_significance(pipe: TextToImage, prompt: str, latents: Tensor, timestep: int, uncond: Tensor) -> Significance:
     """Gradient norms of the mean over ``latents (noises, c, h, w)`` of || eps_c - eps_u ||.
 
     Args:

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 def features(point: NoisePrediction) -> dict[str, Tensor]:
     """Feature name -> values, with the leading axes of ``point.cond``; each higher where prompts pull harder.
 
-    - ``norm``: |d|; ``norm_cond``: |eps_c|
+    - ``norm``: |d| (of a flow D, :meth:`Scale.pull`); ``norm_cond``: |eps_c|
     - ``cos_pixel``, ``cos_vector``: cos(eps_u, d), at each pixel over channels and averaged, and over the whole latent
     - ``turn``: 1 - cos(eps_c, eps_u)
     - ``cos_noise``: cos(x, d)
+
+    Angles are between noises; at the first step of a flow these say nothing.
     """
-    cond, d = point.cond, point.guidance
-    uncond, x = torch.broadcast_to(point.uncond, cond.shape), torch.broadcast_to(point.latents, cond.shape)
+    uncond, cond = point.eps
+    d = cond - uncond
+    uncond, x = torch.broadcast_to(uncond, cond.shape), torch.broadcast_to(point.latents, cond.shape)
 
     def cosine(a: Tensor, b: Tensor) -> Tensor:
         return cosine_similarity(a.flatten(-3), b.flatten(-3), dim=-1)
 
     return {
-        "norm": d.flatten(-3).norm(dim=-1),
+        "norm": point.norm,
         "norm_cond": cond.flatten(-3).norm(dim=-1),
         "cos_pixel": cosine_similarity(uncond, d, dim=-3).mean((-1, -2)),
         "cos_vector": cosine(uncond, d),

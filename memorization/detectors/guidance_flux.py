@@ -8,7 +8,7 @@ field d = eps_c - eps_u instead of the score,
 averaged over steps of a generation. -d points to where the prompt pulls: it converges on a memorized picture.
 
 Deviation: every tenth step, where the follow-up takes all; the mean cosine without the factor dim / R, which would
-weigh the steps by their noise.
+weigh the steps by their noise. Of a flow d is the difference of velocities, which has the direction of that of eps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GuidanceFlux(GenerationDetector):
             return step.x0.new_full((len(step.x0),), torch.nan)
         radius = step.prediction.sigma * dimension**0.5
         flux = boundary(
-            lambda y: predict(y, t, cond=False) - predict(y, t), step.prediction.alpha * step.x0, radius, [1.0],
+            lambda y: predict.raw(y, t, cond=False) - predict.raw(y, t), step.prediction.alpha * step.x0, radius, [1.0],
             points=self.points, generator=torch.Generator().manual_seed(self.seed), batch_size=self.points,
         ).value[0]  # fmt: skip
         return -flux * radius / dimension

@@ -5,7 +5,8 @@ Wen, Liu, Chen, Lyu, "Detecting, Explaining, and Mitigating Memorization in Diff
     || eps_c(x_T, t) - eps_u(x_T, t) ||_2,  t = 981 of the 50-step DDIM grid
 
 Deviation: none for epsilon models. For v-prediction and sample checkpoints the outputs are turned into eps first, so
-that the norm means the same thing everywhere.
+that the norm means the same thing everywhere. At the first step of a flow eps is x_T whatever the model says, so of a
+flow it is D = || x0_c - x0_u || / sqrt(d): at a fixed timestep of other models D is the norm times a constant.
 """
 
 from __future__ import annotations
@@ -32,4 +33,4 @@ class NoiseNorm(PromptDetector):
 
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
         (first,) = trace
-        return {"noise_norm": first.guidance.flatten(2).norm(dim=2)}
+        return {"noise_norm": first.norm}

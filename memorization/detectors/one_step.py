@@ -6,7 +6,8 @@ scaled by sigma_max = sigma / alpha, as samplers without a shrinking mean have i
 
     mean((x0_hat - x)^2) = (sigma / alpha)^2 mean(eps_c^2)   at t = 981
 
-Deviation: conditional prediction without guidance, x_T itself going into the UNet.
+Deviation: conditional prediction without guidance, x_T itself going into the UNet. A flow's latents are scaled by no
+sigma_max (alpha is 0 at its first step): there it is the mean square of x0_hat - x, which is that of its output.
 """
 
 from __future__ import annotations
@@ -33,4 +34,5 @@ class OneStepDenoising(PromptDetector):
 
     def __call__(self, trace: list[NoisePrediction]) -> dict[str, Tensor]:
         (first,) = trace
-        return {"one_step": (first.sigma / first.alpha) ** 2 * first.cond.flatten(2).square().mean(2)}
+        factor = first.sigma if first.prediction_type == "flow" else first.sigma / first.alpha
+        return {"one_step": factor**2 * first.cond.flatten(2).square().mean(2)}

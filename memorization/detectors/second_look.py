@@ -64,11 +64,12 @@ class SecondLook(GradientDetector):
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace
         alpha, sigma = predict.noise_scales(self.timestep)
-        clean = (first.latents - first.sigma * (first.uncond + self.guidance * first.guidance)) / first.alpha
+        clean = first.scale.x0(first.uncond + self.guidance * first.guidance, first.latents)
         z = second_noise(first.latents.shape[1:], self.seed).to(clean.device)
         latents = alpha * clean + sigma * z
-        uncond, cond = (predict(latents, self.timestep, cond=half) for half in (False, True))
-        found = features(first._replace(timestep=self.timestep, latents=latents, uncond=uncond, cond=cond))
+        uncond, cond = (predict.raw(latents, self.timestep, cond=half) for half in (False, True))
+        kind = first.prediction_type
+        found = features(type(first)(self.timestep, latents, uncond, cond, alpha, sigma, kind))
         norm, cosine = found["norm"], found[f"cos_{self.cosine}"]
         score = self.norm_weight * norm + self.cosine_weight * cosine
         return {"second_look": score, "second_norm": norm, "second_cosine": cosine}

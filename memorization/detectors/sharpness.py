@@ -9,7 +9,8 @@ Landscapes", ICML 2025. With the scores s = -eps / sigma_t on pure noise at t = 
 (s(x + h v) - s(x - h v)) / 2h with h |v| = ``step`` |x|, which needs no derivative.
 ``exact`` needs the UNet in the contiguous memory format.
 
-Deviation: none for epsilon models; other prediction types are turned into eps first.
+Deviation: none for epsilon models; other prediction types are turned into eps first. Scores of a flow's first step do
+not depend on the prompt; there v = x0_c - x0_u, H is the Jacobian of x0, and the norm is divided by sqrt(d).
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ class Sharpness(GradientDetector):
 
     def __call__(self, trace: list[NoisePrediction], predict: Predictor) -> dict[str, Tensor]:
         (first,) = trace
-        direction = -first.guidance / first.sigma
+        flow = first.prediction_type == "flow"
+        divisor = 1 / first.sigma if flow else first.sigma  # x0 = x - sigma v; score = -eps / sigma
+        direction = -first.guidance / divisor
         latents = first.latents.expand_as(first.cond).contiguous()
 
-        def difference_of_scores(x: Tensor) -> Tensor:
-            return (predict(x, first.timestep, cond=False) - predict(x, first.timestep)) / first.sigma
+        def difference(x: Tensor) -> Tensor:
+            return (predict.raw(x, first.timestep, cond=False) - predict.raw(x, first.timestep)) / divisor
 
         along = self._exact if self.method == "exact" else self._difference
-        return {"sharpness": along(difference_of_scores, latents, direction).flatten(2).norm(dim=2)}
+        norm = along(difference, latents, direction).flatten(2).norm(dim=2)
+        return {"sharpness": norm / latents[0, 0].numel() ** 0.5 if flow else norm}
 
     def _exact(self, field, latents: Tensor, direction: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative

@@ -7,7 +7,8 @@ Wen, Liu, Chen, Lyu, "Detecting, Explaining, and Mitigating Memorization in Diff
 along a DDIM generation of 50 steps at the model's guidance scale (theirs: 7.5). K = 1 is ``noise_norm``, which needs
 no generation.
 
-Deviation: none for epsilon models. For v-prediction and sample checkpoints the outputs are turned into eps first.
+Deviation: none for epsilon models. For v-prediction and sample checkpoints the outputs are turned into eps first;
+of a flow it is D at each step (noise_norm.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class TrajectoryNorm(GenerationDetector):
         return {"trajectory_norm_5": min(5, steps), "trajectory_norm_1": 1}
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
-        return step.prediction.guidance.flatten(1).norm(dim=1)
+        return step.prediction.norm
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:
         return {"trajectory_norm": kept.mean(0), "trajectory_norm_5": kept[:5].mean(0), "trajectory_norm_1": kept[0]}

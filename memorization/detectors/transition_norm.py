@@ -44,7 +44,7 @@ class Transition(GenerationDetector):
     terms: ClassVar[tuple[str, ...]] = ("transition_norm",)
 
     def reduce(self, step: Step, predict: Predictor) -> Tensor:
-        return step.prediction.guidance.flatten(1).norm(dim=1)
+        return step.prediction.norm
 
     def __call__(self, kept: Tensor) -> dict[str, Tensor]:
         return {"transition_norm": kept.gather(0, transition_point(kept)[None])[0]}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
-from memorization.guard.families.base import discrete_scale
+from memorization.models.families.base import discrete_scale
 from optim_utils import all_but_the_start_token, descend
 
 TIMESTEPS = (900, 700, 500, 300, 100)  # of the denoising loss

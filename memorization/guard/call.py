@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memorization.guard.families.base import Family, Scale
+from local_sd_pipeline import Scale
+from memorization.models.families.base import Family, take
 
 
 @dataclass
@@ -105,12 +106,3 @@ class Call:
         merged = output.clone()
         merged[self.places(rows)] = other.to(output)
         return merged
-
-
-def take(value: Any, places: list[int], of: int) -> Any:
-    """The rows at ``places`` of every tensor that has ``of`` rows, in tables and lists too; all else as it is."""
-    if isinstance(value, dict):
-        return {key: take(one, places, of) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [take(one, places, of) for one in value]
-    return value[places] if isinstance(value, Tensor) and value.dim() and len(value) == of else value

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from memorization.errors import InputError
 from memorization.guard.call import Call
-from memorization.guard.families.base import family_of
 from memorization.guard.generation import ACTIONS, Generation, Plan
 from memorization.guard.pictures import Comparison, Pictures, as_bytes, blanked, is_pictures
 from memorization.guard.remedies import check_mitigation
@@ -29,6 +28,7 @@ from memorization.guard.thresholds import Conditions, Threshold, Thresholds, che
 from memorization.guard.verdict import GuardWarning, Refused, Verdict
 from memorization.index.store import Index
 from memorization.mitigations.base import Mitigation, make_mitigation
+from memorization.models.families.base import family_of
 from memorization.settings import Count, value_of
 
 MITIGATION = "noise_norm"  # where no other is asked for
@@ -50,6 +50,8 @@ class Watch(ABC):
     def __init__(self, pipe: Any, steps: int) -> None:
         self.pipe, self.steps = pipe, steps
         self.family, self.scheduler = family_of(pipe), pipe.scheduler
+        if not self.family.watchable:
+            raise InputError(f"{type(pipe).__name__}: the guard cannot watch the family {self.family.name} yet")
         self.denoiser = self.family.denoiser(pipe)
         self.generation: Generation | None = None
         self._busy, self._prompts = False, ()

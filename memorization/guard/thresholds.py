@@ -18,8 +18,8 @@ from memorization.errors import InputError
 from memorization.evaluation.calibration import levels_of
 from memorization.evaluation.intervals import share_interval
 from memorization.evaluation.metrics import threshold_at
-from memorization.guard.families.base import Family
 from memorization.io.files import read_file, write_atomically
+from memorization.models.families.base import Family
 from memorization.settings import Checked, Count, NotNegative, Place, Rate, make
 
 ENTRIES = 16  # of every weight that tell a network from others

@@ -32,7 +32,7 @@ class Verdict:
     Attributes:
         row: place of the picture in the pipeline's batch.
         prompt: where the pipeline was given text.
-        score: the pull (:meth:`~memorization.guard.families.base.Scale.pull`) at the user's own noise and prompt.
+        score: the pull (:meth:`~memorization.models.families.base.Scale.pull`) at the user's own noise and prompt.
         threshold: score from which on a picture is flagged.
         source: where the threshold comes from.
         flagged: whether the score reached it.

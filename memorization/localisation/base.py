@@ -34,11 +34,13 @@ class Map(Checked, ABC):
     Attributes:
         needs_attention: whether it reads the attention of the last step.
         takes_differences: whether it asks the model at points near by, whose small differences need float32.
+        asks: what of a model it needs that not every one has, of ``ABILITIES`` in memorization/models/base.py.
     """
 
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
     takes_differences: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ("pictures",)
 
     @abstractmethod
     def __call__(self, last: Step, predict: Predictor) -> Tensor:

@@ -27,6 +27,7 @@ class BrightEnding(Map):
 
     name: ClassVar[str] = "bright_ending"
     needs_attention: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("attention", "pictures")
 
     def __call__(self, last: Step, predict: Predictor) -> Tensor:
         assert last.attention is not None  # it was asked for

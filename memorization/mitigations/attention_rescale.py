@@ -75,6 +75,7 @@ class AttentionRescale(Mitigation):
     strength: Annotated[float, Bounds(1)] = 1.25
 
     name: ClassVar[str] = "attention_rescale"
+    asks: ClassVar[tuple[str, ...]] = ("attention",)
     strengths: ClassVar[tuple[float, ...]] = (1.1, 1.25, 1.5, 2.0, 3.0)
 
     def __call__(self, case: Case) -> Remedy:

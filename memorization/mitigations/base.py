@@ -39,6 +39,7 @@ class Mitigation(Checked, ABC):
         lowers: the detector whose score it lowers to a level; such a mitigation needs a calibration, or a ``target``.
         target: the score to reach, instead of a level.
         needs_index: whether it has a setting ``index``, the folder of an index of training pictures.
+        asks: what of a model it needs that not every one has, of ``ABILITIES`` in memorization/models/base.py.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Mitigation(Checked, ABC):
     lowers: ClassVar[str | None] = None
     target: float | None = None
     needs_index: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, case: Case) -> Remedy:

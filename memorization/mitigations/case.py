@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline, UnconditionalPrediction
+from local_sd_pipeline import UnconditionalPrediction
 from memorization.detectors.base import OneStepDetector, PromptDetector
+from memorization.models.base import TextToImage
 from memorization.models.generation import Guide, detection_grid
 from memorization.models.predictor import Predictor
 
@@ -21,22 +22,22 @@ class Case:
 
     Args:
         prompts: their number is k.
-        embeds: ``(k, tokens, width)``, float32.
+        embeds: ``(k, ...)``, float32.
         noise: x_T, ``(noises, c, h, w)``, the same for every prompt.
         detectors: by name; those that need no generation.
         levels: detector -> share of prompts that are not memorized -> the score below which that share lies.
         steps: of a generation.
-        grid_steps: of the DDIM grid that places the detectors' timesteps.
+        grid_steps: of the grid that places the detectors' timesteps.
         guidance_scale: of the generation.
         seed: of what a mitigation draws.
-        batch_size: rows to a UNet call.
+        batch_size: rows to a call of the denoiser.
 
     Attributes:
-        grid: timesteps of the DDIM grid.
+        grid: timesteps of the grid.
         uncond: predictions without a prompt on ``noise``, at every timestep that a detector reads.
     """
 
-    pipe: LocalStableDiffusionPipeline
+    pipe: TextToImage
     prompts: list[str]
     embeds: Tensor
     noise: Tensor
@@ -73,7 +74,7 @@ class Remedy:
 
     Attributes:
         prompts: the text, where it was changed.
-        embeds: ``(k, tokens, width)``.
+        embeds: ``(k, ...)``.
         latents: start noise, ``(k, noises, c, h, w)``.
         guide: rows ``(r,)`` of k x noises, flattened -> a fresh ``Guide`` for their generation.
         around: the same -> a context that holds during their generation.

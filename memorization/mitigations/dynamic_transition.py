@@ -51,7 +51,7 @@ class DynamicTransition(Mitigation):
 
         def guide(index: int, point: NoisePrediction) -> Tensor:
             nonlocal previous, lowest, rises, on
-            norm = point.guidance.flatten(1).norm(dim=1)
+            norm = point.norm
             if previous is None:
                 previous, lowest = norm, torch.full_like(norm, torch.inf)
                 rises, on = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)

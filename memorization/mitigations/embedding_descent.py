@@ -27,7 +27,7 @@ from optim_utils import all_but_the_start_token, descend
 
 @dataclass(frozen=True)
 class EmbeddingDescent(Mitigation):
-    """Lower a detector's score by changing the embedding; the start token stays.
+    """Lower a detector's score by changing the embedding; the start token stays, where one encoder's states are all.
 
     Args:
         strength: the level to reach: share of ordinary prompts that score below.
@@ -48,12 +48,14 @@ class EmbeddingDescent(Mitigation):
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 
     def __call__(self, case: Case) -> Remedy:
-        target, free = self.bound(case.levels), all_but_the_start_token(case.embeds)
+        target, free = self.bound(case.levels), case.pipe.free(case.embeds)
+        if "text" in case.pipe.can:
+            free = free * all_but_the_start_token(case.embeds)
         scored = case if self.noises is None else replace(case, noise=case.pipe.pure_noise(self.noises, case.seed))
-        size = (free * case.embeds).square().sum((1, 2))
+        size = (free * case.embeds).square().flatten(1).sum(1)
 
         def distance(embeds: Tensor, rows: Tensor) -> Tensor:
-            return self.penalty * abs(target) * (embeds - case.embeds[rows]).square().sum((1, 2)) / size[rows]
+            return self.penalty * abs(target) * (embeds - case.embeds[rows]).square().flatten(1).sum(1) / size[rows]
 
         found = descend(
             lambda embeds, rows: scored.score(self.lowers, embeds), case.embeds, lr=self.lr, target=target, free=free,

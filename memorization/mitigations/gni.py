@@ -31,4 +31,4 @@ class EmbeddingNoise(Mitigation):
     def __call__(self, case: Case) -> Remedy:
         noise = [generator_of(prompt, case.seed).standard_normal(case.embeds.shape[1:]) for prompt in case.prompts]
         noise = torch.from_numpy(np.stack(noise)).to(case.embeds)
-        return Remedy.unchanged(case, embeds=case.embeds + self.strength * noise)
+        return Remedy.unchanged(case, embeds=case.embeds + self.strength * noise * case.pipe.free(case.embeds))

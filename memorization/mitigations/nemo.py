@@ -60,6 +60,7 @@ class NeMo(Mitigation):
     reference: Path | None = None
 
     name: ClassVar[str] = "nemo"
+    asks: ClassVar[tuple[str, ...]] = ("attention", "text")
     lowers: ClassVar[str] = "noise_norm"
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 

@@ -28,10 +28,11 @@ class PaddingMask(Mitigation):
     strength: Share = 0.8
 
     name: ClassVar[str] = "padding_mask"
+    asks: ClassVar[tuple[str, ...]] = ("attention",)
     strengths: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8, 0.9, 1.0)
 
     def __call__(self, case: Case) -> Remedy:
         ends = end_of_text(case.pipe, case.prompts)
-        padding = case.embeds.shape[1] - 1 - ends
+        padding = case.pipe.tokenizer.model_max_length - 1 - ends
         kept = (ends + padding - (self.strength * padding).round().long()).repeat_interleave(len(case.noise))
         return Remedy.unchanged(case, around=lambda rows: rescaled(case.pipe.unet, kept[rows], 1.0))

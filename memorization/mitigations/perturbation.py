@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from memorization.errors import InputError
 from memorization.mitigations.base import Mitigation
 from memorization.mitigations.case import Case, Remedy
 from memorization.settings import Count
@@ -36,10 +37,21 @@ def whole_words(tokenizer) -> tuple[str, ...]:
     """Words that are one token of ``tokenizer``, in the order of their ids; of three letters or more if it has such."""
     found = []
     for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
-        word = token.removesuffix("</w>")
-        if token.endswith("</w>") and word.isascii() and word.isalpha():
+        word = token.removesuffix("</w>").removeprefix("▁")  # as CLIP's vocabulary marks a word's end, and T5's a start
+        if word != token and word.isascii() and word.isalpha():
             found.append(word)
     return tuple(word for word in found if len(word) > 2) or tuple(found)
+
+
+def known_words(tokenizer) -> tuple[str, ...]:
+    """As :func:`whole_words`.
+
+    Raises:
+        InputError: the vocabulary has none.
+    """
+    if not (found := whole_words(tokenizer)):
+        raise InputError("the tokenizer's vocabulary has no whole words to take one of")
+    return found
 
 
 @dataclass(frozen=True)

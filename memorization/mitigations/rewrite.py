@@ -48,6 +48,7 @@ class Rewrite(Mitigation):
     words: Path | None = None
 
     name: ClassVar[str] = "rewrite"
+    asks: ClassVar[tuple[str, ...]] = ("text",)
     lowers: ClassVar[str] = "anisotropy"
     strengths: ClassVar[tuple[float, ...]] = (0.99, 0.9, 0.75, 0.5, 0.25)
 

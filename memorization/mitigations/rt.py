@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from memorization.mitigations.base import MITIGATIONS
-from memorization.mitigations.perturbation import TextPerturbation, whole_words
+from memorization.mitigations.perturbation import TextPerturbation, known_words
 
 
 @MITIGATIONS.register
@@ -17,4 +17,4 @@ class RandomTokens(TextPerturbation):
     name: ClassVar[str] = "rt"
 
     def word(self, words, case, rng) -> str:
-        return str(rng.choice(whole_words(case.pipe.tokenizer)))
+        return str(rng.choice(known_words(case.pipe.tokenizer)))

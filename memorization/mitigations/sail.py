@@ -8,7 +8,8 @@ ICML 2025, section 5: Adam on x_T (0.05; at most 10 steps there, 20 here) with
 accepted at a bound. Deviations from the public code: u is computed at the latents of every step, not at those of before
 the first; every noise is optimised once, so no two pictures come from one latent; the bound is a level of || d || among
 prompts that are not memorized plus alpha times the usual size of x_T, sqrt(its dimension), and it does not grow. That
-level is of means over the noises, while every noise is held to it by itself.
+level is of means over the noises, while every noise is held to it by itself. Of a flow || d || is noise_norm.py's D and
+u lies along the difference of velocities.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Case, Remedy
+from memorization.models.base import unit_of
 from memorization.settings import Count, NotNegative, Positive
 from optim_utils import descend
 
@@ -54,16 +56,19 @@ class Sail(Mitigation):
         start = case.noise.repeat(len(case.prompts), 1, 1, 1)
         bound = self.bound(case.levels) + self.alpha * start[0].numel() ** 0.5
 
-        def guidance(x: Tensor, rows: Tensor) -> Tensor:
-            pairs = torch.cat([empty.expand(len(rows), -1, -1), embeds[rows]])
+        unit = unit_of(case.pipe, t)
+
+        def predicted(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            pairs = torch.cat([empty.expand_as(embeds[rows]), embeds[rows]])
             uncond, cond = case.pipe.predict_noise(x.repeat(2, 1, 1, 1), t, pairs).chunk(2)
-            return cond - uncond
+            return uncond, cond
 
         def loss(x: Tensor, rows: Tensor) -> Tensor:
             with torch.no_grad():
-                d = guidance(x, rows)
+                uncond, cond = predicted(x, rows)
+                d = cond - uncond
                 u = d / d.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-            return guidance(x + u, rows).flatten(1).norm(dim=1) + self.alpha * x.flatten(1).norm(dim=1)
+            return unit.norm(*predicted(x + u, rows)) + self.alpha * x.flatten(1).norm(dim=1)
 
         parts = []
         for rows in torch.arange(len(start), device=start.device).split(max(1, case.batch_size // 2)):

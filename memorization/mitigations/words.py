@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
 from memorization.io.files import read_file
 from memorization.mitigations.perturbation import whole_words
+from memorization.models.base import TextToImage
 
 ENGLISH = Path(__file__).with_suffix(".txt")
 ENDINGS = ("ing", "ed", "ly", "s")  # a word is replaced by one of the same ending, so that the sentence stays one
@@ -52,7 +52,7 @@ def real_words(tokenizer, path: Path | None = None) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def encoded(pipe: LocalStableDiffusionPipeline, words: Sequence[str], at_once: int = 256) -> Tensor:
+def encoded(pipe: TextToImage, words: Sequence[str], at_once: int = 256) -> Tensor:
     """The text encoder's state at the end of each word alone, ``(words, width)``, float32.
 
     The encoder looks back alone, so a word needs no padding to the model's length.
@@ -67,13 +67,13 @@ def encoded(pipe: LocalStableDiffusionPipeline, words: Sequence[str], at_once: i
 
 
 @lru_cache(maxsize=1)  # of one model and list: thousands of words are not encoded for every prompt
-def _table(pipe: LocalStableDiffusionPipeline, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _table(pipe: TextToImage, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     states = encoded(pipe, words)
     centre = states.mean(0)  # what all words share says nothing of their nearness
     return normalize(states - centre, dim=1), centre
 
 
-def nearest_words(pipe: LocalStableDiffusionPipeline, word: str, words: tuple[str, ...], count: int) -> list[str]:
+def nearest_words(pipe: TextToImage, word: str, words: tuple[str, ...], count: int) -> list[str]:
     """The ``count`` of ``words`` nearest to ``word`` by the text encoder, nearest first, of its ending, not itself."""
     table, centre = _table(pipe, words)
     near = table @ normalize(encoded(pipe, [word])[0] - centre, dim=0)

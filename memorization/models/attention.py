@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
+from memorization.models.base import TextToImage
 
 
 class Attention(NamedTuple):
@@ -87,7 +87,7 @@ class AttentionRecorder:
             unet.set_attn_processor(before)
 
 
-def end_of_text(pipe: LocalStableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+def end_of_text(pipe: TextToImage, prompts: Sequence[str]) -> Tensor:
     """Place of the first end-of-text token of each prompt, ``(prompts,)``."""
     length = pipe.tokenizer.model_max_length
     tokens = pipe.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length).input_ids

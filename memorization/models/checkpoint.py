@@ -33,7 +33,7 @@ HARMLESS = {
     CLIPTextModel: ("position_ids", "vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
     CLIPModel: ("position_ids",),
 }
-SHAPING = (".json", ".txt", ".safetensors")  # the files of a part that its numbers can come from
+SHAPING = (".json", ".txt", ".model", ".safetensors")  # the files of a part that its numbers can come from
 
 
 def find_folder(identifiers: Iterable[str], fetch: Callable[[str], str | os.PathLike], advice: str = "") -> Path:

@@ -10,41 +10,43 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.pictures import read_picture, to_bytes, to_tensor
+from memorization.models.base import TextToImage
 from memorization.models.finite import check_finite
 
 
 def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Scaled latents, float32, of pictures ``(n, 3, h, w)`` in [-1, 1]: the posterior's mean; differentiable."""
     pixels = pictures.to(vae.device, vae.dtype)
-    return vae.encode(pixels).latent_dist.mean.float() * vae.config["scaling_factor"]
+    return (vae.encode(pixels).latent_dist.mean.float() - _shift(vae)) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
-def encode(pipe: LocalStableDiffusionPipeline, paths: Sequence[str]) -> Tensor:
+def encode(pipe: TextToImage, paths: Sequence[str]) -> Tensor:
     """Scaled latents ``(pictures, c, h, w)``, float32, of pictures brought to the model's size; the posterior's mean.
 
     Raises:
         InputError: a file is no picture, or its latents are not finite.
     """
-    size = pipe.unet.config.sample_size
-    height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
+    height, width = (side * pipe.vae_scale_factor for side in pipe.pure_noise(1, 0).shape[2:])
     pictures = np.stack([read_picture(Path(path), (height, width)) for path in paths])
     latents = encode_pixels(pipe.vae, to_tensor(pictures))
     check_finite(latents, "the encoded picture", paths)
     return latents
 
 
-def decode_pixels(pipe: LocalStableDiffusionPipeline, latents: Tensor, at_once: int = 8) -> Tensor:
+def _shift(vae: AutoencoderKL) -> float:
+    """What is taken off latents before they are scaled: 0 where an autoencoder says nothing."""
+    return vae.config.get("shift_factor") or 0.0
+
+
+def decode_pixels(pipe: TextToImage, latents: Tensor, at_once: int = 8) -> Tensor:
     """Pictures ``(rows, 3, h, w)`` about in [-1, 1], of scaled latents ``(rows, c, h, w)``; differentiable."""
-    chunks = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
+    chunks = (latents / pipe.vae.config.scaling_factor + _shift(pipe.vae)).to(pipe.vae.dtype).split(at_once)
     return torch.cat([pipe.vae.decode(chunk).sample.float() for chunk in chunks])
 
 
-def decode(
-    pipe: LocalStableDiffusionPipeline, latents: Tensor, names: Sequence[str] = (), at_once: int = 8
-) -> Iterator[np.ndarray]:
+def decode(pipe: TextToImage, latents: Tensor, names: Sequence[str] = (), at_once: int = 8) -> Iterator[np.ndarray]:
     """Pictures, uint8 ``(h, w, 3)``, of scaled latents ``(rows, c, h, w)``.
 
     Args:

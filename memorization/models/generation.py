@@ -13,9 +13,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline, NoisePrediction
+from local_sd_pipeline import NoisePrediction
 from memorization.errors import InputError
 from memorization.models.attention import Attention, AttentionRecorder
+from memorization.models.base import TextToImage
 from memorization.models.finite import check_finite
 
 Guide = Callable[[int, NoisePrediction], Tensor]  # (step, prediction) -> the noise prediction that the sampler follows
@@ -39,20 +40,22 @@ class Step(NamedTuple):
     attention: Attention | None
 
 
-def detection_grid(pipe: LocalStableDiffusionPipeline, steps: int) -> list[int]:
-    """The timesteps of the DDIM grid that detectors and generations share, noisiest first.
+def detection_grid(pipe: TextToImage, steps: int) -> list[int]:
+    """The timesteps of the grid that detectors and generations share, noisiest first.
 
     Raises:
         InputError: the checkpoint was trained on too few timesteps for so many.
     """
     trained = pipe.scheduler.config.num_train_timesteps
+    if pipe.prediction_type == "flow":
+        return pipe.detection_timesteps(steps)
     if trained // steps * (steps - 1) + 1 >= trained or steps > trained:  # of "leading" spacing, offset 1
         raise InputError(f"--steps {steps}: the checkpoint was trained on {trained} timesteps, too few for such a grid")
     return pipe.detection_timesteps(steps)
 
 
 def generate(
-    pipe: LocalStableDiffusionPipeline,
+    pipe: TextToImage,
     prompt_embeds: Tensor,
     empty: Tensor,
     latents: Tensor,
@@ -64,13 +67,14 @@ def generate(
     attention_steps: Collection[int] = (),
     names: Sequence[str] = (),
 ) -> Iterator[Step]:
-    """DDIM (eta 0) from pure noise, on the detectors' grid, with classifier-free guidance.
+    """DDIM (eta 0), and Euler of a flow, from pure noise, on the detectors' grid, with classifier-free guidance.
 
     Args:
-        prompt_embeds: ``(rows, tokens, width)``.
-        empty: the empty prompt's embedding, ``(1, tokens, width)``.
+        prompt_embeds: ``(rows, ...)``.
+        empty: the empty prompt's embedding, ``(1, ...)``.
         latents: ``(rows, c, h, w)``, float32.
-        guide: (step, prediction) -> the noise prediction to follow; classifier-free guidance where there is none.
+        guide: (step, prediction) -> the prediction to follow, in its unit; classifier-free guidance where
+            there is none.
         ends: from :func:`end_of_text`, a value a row; needed where attention is recorded.
         attention_steps: indices of the steps whose attention is recorded.
         names: of the rows, for a message.
@@ -78,27 +82,49 @@ def generate(
     Raises:
         InputError: the clean latents are not finite; names the row. Or the checkpoint knows too few timesteps.
     """
-    detection_grid(pipe, steps)
+    grid = detection_grid(pipe, steps)
+    step = _flow_step(pipe, grid) if pipe.prediction_type == "flow" else _ddim_step(pipe, grid)
+    embeds = torch.cat([empty.expand_as(prompt_embeds), prompt_embeds])
+    blank = (prompt_embeds == empty).flatten(1).all(1)[:, None, None, None]
+    for index, t in enumerate(grid):
+        recorder = None
+        if ends is not None and index in attention_steps:
+            recorder = AttentionRecorder(ends, (latents.shape[-2], latents.shape[-1]))
+        with recorder.installed(pipe.denoiser) if recorder else nullcontext():
+            uncond, cond = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds).chunk(2)
+        cond = torch.where(blank, uncond, cond)  # as in the trace: the guidance vector of a blank prompt is 0
+        prediction = NoisePrediction(t, latents, uncond, cond, *pipe.noise_scales(t), pipe.prediction_type)
+        followed = guide(index, prediction) if guide else uncond + guidance_scale * (cond - uncond)
+        x0, after = step(index, followed, latents)
+        attention = recorder.attention() if recorder else None
+        yield Step(index, prediction, x0, after, attention)
+        latents = after
+    check_finite(latents, "the generated picture", names)
+
+
+Sampler = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # (index, prediction, latents) -> (x0, next latents)
+
+
+def _ddim_step(pipe: TextToImage, grid: Sequence[int]) -> Sampler:
     scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, prediction_type="epsilon",
         clip_sample=False, thresholding=False,
     )  # fmt: skip
-    scheduler.set_timesteps(steps)
-    embeds = torch.cat([empty.expand_as(prompt_embeds), prompt_embeds])
-    blank = (prompt_embeds == empty).flatten(1).all(1)[:, None, None, None]
-    for index, t in enumerate(scheduler.timesteps.tolist()):
-        recorder = None
-        if ends is not None and index in attention_steps:
-            recorder = AttentionRecorder(ends, (latents.shape[-2], latents.shape[-1]))
-        with recorder.installed(pipe.unet) if recorder else nullcontext():
-            uncond, cond = pipe.predict_noise(latents.repeat(2, 1, 1, 1), t, embeds).chunk(2)
-        cond = torch.where(blank, uncond, cond)  # as in the trace: the guidance vector of a blank prompt is 0
-        prediction = NoisePrediction(
-            t, latents, uncond, cond, *pipe.noise_scales(t), pipe.scheduler.config.prediction_type
-        )
-        followed = guide(index, prediction) if guide else uncond + guidance_scale * (cond - uncond)
-        result: Any = scheduler.step(followed, t, latents)
-        attention = recorder.attention() if recorder else None
-        yield Step(index, prediction, result.pred_original_sample, result.prev_sample, attention)
-        latents = result.prev_sample
-    check_finite(latents, "the generated picture", names)
+    scheduler.set_timesteps(len(grid))
+
+    def step(index: int, eps: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        result: Any = scheduler.step(eps, grid[index], latents)
+        return result.pred_original_sample, result.prev_sample
+
+    return step
+
+
+def _flow_step(pipe: TextToImage, grid: Sequence[float]) -> Sampler:
+    """x' = x + (s' - s) v: DDIM's step, written for alpha = 1 - s."""
+    sigmas = [*(pipe.noise_scales(t)[1] for t in grid), 0.0]
+
+    def step(index: int, velocity: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        sigma, after = sigmas[index], sigmas[index + 1]
+        return latents - sigma * velocity, latents + (after - sigma) * velocity
+
+    return step

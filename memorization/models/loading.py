@@ -1,35 +1,39 @@
-"""Loading checkpoints by name, YAML file, folder or hub id: pipelines and autoencoders."""
+"""Loading checkpoints by name, YAML file, folder or hub id: pipelines and autoencoders.
+
+Stable Diffusion 1 and 2 here; pipelines of other families in pipelines.py, which :func:`load_model` goes to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
+from memorization.io.files import sha256_of
+from memorization.models.base import TextToImage
 from memorization.models.checkpoint import (
     fetch_part,
     find_folder,
     identity_of,
-    in_short,
     load_network,
     load_tokenizer,
-    parameters_of,
-    read_config,
-    read_named,
 )
-from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler, is_count
+from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
+from memorization.models.index import check_named, load_scheduler, read_index
+from memorization.models.lora import put_on
+from memorization.models.pipelines import UNUSED, is_other, load_other, replayed
+from memorization.models.single import configs_for, load_single, single_file
 from memorization.models.spec import ModelSpec, find_model, model_names
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 CLASSES = {  # part -> classes that its index may name, the first of which is loaded
     "unet": ("UNet2DConditionModel",),
     "text_encoder": ("CLIPTextModel",),
@@ -49,29 +53,107 @@ class Model:
 
     name: str
     spec: ModelSpec
-    pipe: LocalStableDiffusionPipeline
+    pipe: Any  # a TextToImage; untyped, since what is for Stable Diffusion 1 and 2 alone takes it as its pipeline
     dtype: str
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True) -> Model:
+def load_model(
+    name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True, any_family: bool = False,
+    config: str | None = None, adapters: Sequence[tuple[Path, float]] = (),
+) -> Model:  # fmt: skip
     """Load a model by its name, YAML file, folder or hub id.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: None for the model's own, else by hardware.
         pictures: load the autoencoder too; scores of prompts do without it.
+        any_family: take pipelines of other families than Stable Diffusion 1 and 2.
+        config: folder or hub id of the configs of a model that is one file; None for the spec's, or for what diffusers
+            finds without a network.
+        adapters: LoRAs to put on, each at a scale.
 
     Raises:
         InputError: there is no such model or device, the hub cannot be reached, or the checkpoint lacks what is needed.
     """
     spec, place = find_model(name), pick_device(device)
     dtype = pick_dtype(dtype or spec.dtype, place)
-    return Model(name, spec, load_pipeline(spec, dtype, place, pictures=pictures), dtype)
+    file = single_file(spec.ids)
+    if config and not file:
+        raise InputError(f"--config {config}: goes with a model that is one file")
+    folder = configs_for(file, config or spec.config) if file else find_checkpoint(spec, pictures)
+    named = read_index(folder)["_class_name"]
+    other = is_other(named)
+    if other and not any_family:
+        raise InputError(f"{folder}: a {named}; this command is for Stable Diffusion 1 and 2 alone")
+    if file:
+        whole = load_single(file, folder, DTYPES[dtype])
+        pipe = whole if other else as_ours(whole, folder)
+    else:
+        pipe = load_other(folder, DTYPES[dtype]) if other else load_parts(folder, dtype, pictures=pictures)
+    put_on(pipe, adapters)
+    ready(pipe, folder, dtype, place)
+    made = replayed(pipe, folder) if other else pipe
+    made.files = {"file": sha256_of(file)} if file else {}
+    made.files |= {f"lora {i} at {scale:g}": sha256_of(path) for i, (path, scale) in enumerate(adapters, 1)}
+    if other and spec.ids == (name,):  # of a folder or hub id nothing is known; its pipeline says how it is guided
+        spec = replace(spec, guidance_scale=made.guidance_scale)
+    return Model(name, spec, made, dtype)
+
+
+def as_ours(pipe: Any, folder: Path) -> LocalStableDiffusionPipeline:
+    """A pipeline of Stable Diffusion 1 or 2 with its predictions laid open, once its parts are seen to belong together.
+
+    Raises:
+        InputError: they do not.
+    """
+    ours = LocalStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    check_pipeline(ours, folder)
+    check_scheduler(ours.scheduler, folder)
+    return ours
+
+
+def ready(pipe: Any, folder: Path, dtype: str, device: torch.device) -> None:
+    """Note where a pipeline comes from, and put it where it is used."""
+    pipe.register_to_config(_name_or_path=str(folder))
+    if dtype == "float32":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    if hasattr(pipe, "unet"):
+        pipe.unet.to(memory_format=torch.channels_last)
+
+
+def pipeline_of(model: Model) -> Any:
+    """The pipeline of diffusers that a model is made of, whatever its family."""
+    return getattr(model.pipe, "pipe", model.pipe)
+
+
+def find_checkpoint(spec: ModelSpec, pictures: bool) -> Path:
+    """The folder of a model's checkpoint.
+
+    Raises:
+        InputError: nothing by that name, or the hub cannot be reached.
+    """
+    unused: dict[str, Any] = dict.fromkeys(UNUSED if pictures else (*UNUSED, "vae"))
+
+    def fetch(identifier: str) -> Any:
+        return DiffusionPipeline.download(identifier, use_safetensors=True, **unused)
+
+    known = ", ".join(model_names())
+    return find_folder(spec.ids, fetch, f". Names: {known}; or give a YAML file, folder or hub id")
 
 
 def load_pipeline(
     spec: ModelSpec, dtype: str, device: torch.device, *, pictures: bool = False
 ) -> LocalStableDiffusionPipeline:
+    """Load a checkpoint of Stable Diffusion 1 or 2 by its name; raises as :func:`load_parts`."""
+    folder = find_checkpoint(spec, pictures)
+    pipe = load_parts(folder, dtype, pictures=pictures)
+    ready(pipe, folder, dtype, device)
+    return pipe
+
+
+def load_parts(folder: Path, dtype: str, *, pictures: bool = False) -> LocalStableDiffusionPipeline:
     """Load a checkpoint, part by part: only whole weights in safetensors, and no code of its own.
 
     Args:
@@ -80,13 +162,7 @@ def load_pipeline(
     Raises:
         InputError: nothing by that name, the hub cannot be reached, or a part is missing, damaged or does not belong.
     """
-    unused: dict[str, Any] = dict.fromkeys(UNUSED if pictures else (*UNUSED, "vae"))
-
-    def fetch(identifier: str) -> str:
-        return LocalStableDiffusionPipeline.download(identifier, use_safetensors=True, **unused)
-
-    known = ", ".join(model_names())
-    folder = find_folder(spec.ids, fetch, f". Names: {known}; or give a YAML file, folder or hub id")
+    unused = UNUSED if pictures else (*UNUSED, "vae")
     index, number = read_index(folder), DTYPES[dtype]
     for part, classes in CLASSES.items():
         if part not in unused:
@@ -98,68 +174,11 @@ def load_pipeline(
         unet=load_network(UNet2DConditionModel, folder / "unet", number),
         **dict.fromkeys(UNUSED), requires_safety_checker=False,
     )  # fmt: skip
-    pipe.register_to_config(_name_or_path=str(folder))
     check_pipeline(pipe, folder)
-    if dtype == "float32":
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    pipe.unet.to(memory_format=torch.channels_last)
     return pipe
 
 
-def read_index(folder: Path) -> dict:
-    """What a pipeline's ``model_index.json`` says.
-
-    Raises:
-        InputError: there is none, or it names code of its own.
-    """
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no model_index.json in this folder; it is no diffusers checkpoint")
-    index = read_config(path)
-    if not isinstance(index.get("_class_name"), str):
-        raise InputError(f"{path}: _class_name = {index.get('_class_name')} names no class of diffusers")
-    return index
-
-
-def check_named(folder: Path, index: dict, part: str, classes: Collection[str]) -> None:
-    """See that the index of a pipeline names one of ``classes`` of diffusers or transformers for a part.
-
-    Raises:
-        InputError: it names none, or something else, such as code of its own.
-    """
-    named = index.get(part)
-    if named not in [[library, name] for library in ("diffusers", "transformers") for name in classes]:
-        known = next(iter(classes)) if len(classes) <= 2 else f"{part} of diffusers"
-        raise InputError(f"{folder}/model_index.json: {part} = {named} is no {known}")
-
-
-def load_scheduler(folder: Path, index: dict) -> Any:
-    """The scheduler that the index of a pipeline names.
-
-    Raises:
-        InputError: it is none of diffusers' or of another family, or its config is missing or damaged.
-    """
-    check_named(folder, index, "scheduler", [name for name in dir(diffusers) if name.endswith("Scheduler")])
-    path, cls = folder / "scheduler" / "scheduler_config.json", getattr(diffusers, index["scheduler"][1])
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise InputError(f"{path}: {cls.__name__} is no scheduler that works here; does it need a package more?")
-    config = read_named(path, cls, parameters_of(cls))
-    if "_class_name" not in config:
-        raise InputError(f"{path}: names no class; it is no scheduler's config")
-    trained = config.get("num_train_timesteps", 1000)
-    if not is_count(trained):
-        raise InputError(f"{path}: num_train_timesteps = {trained!r} is no number of timesteps")
-    try:
-        scheduler = cls.from_pretrained(path.parent, local_files_only=True)
-    except Exception as error:  # whatever a value of the config does to the scheduler
-        raise InputError(f"{path}: no {cls.__name__} can be made of it ({in_short(error)})") from None
-    check_scheduler(scheduler, folder)
-    return scheduler
-
-
-def with_scheduler(pipe: LocalStableDiffusionPipeline, name: str) -> None:
+def with_scheduler(pipe: Any, name: str) -> None:
     """Give a pipeline another scheduler of diffusers, with the settings of its own.
 
     Raises:
@@ -187,16 +206,19 @@ def load_autoencoder(identifier: str) -> tuple[AutoencoderKL, Path]:
     return vae, folder
 
 
-def folder_of(pipe: LocalStableDiffusionPipeline | DDPMPipeline) -> Path:
+def folder_of(pipe: TextToImage | DDPMPipeline) -> Path:
     """Where a pipeline was loaded from."""
     return Path(pipe.config["_name_or_path"])
 
 
-def revision_of(pipe: LocalStableDiffusionPipeline | DDPMPipeline, *, pictures: bool) -> dict[str, str]:
+def revision_of(pipe: TextToImage | DDPMPipeline, *, pictures: bool) -> dict[str, str]:
     """What tells a checkpoint from every other: the sha256 of all that scores depend on, by part.
 
     Args:
         pictures: they depend on the autoencoder too.
     """
-    parts = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if hasattr(pipe, part)]
-    return identity_of(folder_of(pipe), [*parts, *(["vae"] if pictures and hasattr(pipe, "vae") else [])])
+    parts = getattr(pipe, "shaping", None) or [
+        part for part in ("unet", "text_encoder", "tokenizer", "scheduler", "vae") if hasattr(pipe, part)
+    ]
+    found = identity_of(folder_of(pipe), [part for part in parts if part != "vae" or pictures])
+    return {**found, **getattr(pipe, "files", {})}

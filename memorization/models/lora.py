@@ -6,7 +6,7 @@ The formats of peft, of diffusers' training scripts and of kohya's trainers, as 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,19 +76,41 @@ def wearing(pipe: LocalStableDiffusionPipeline, path: Path) -> Iterator[None]:
     Raises:
         InputError: it is no adapter, or one of another architecture.
     """
-    header_of(path)
     try:
-        try:
-            with _quiet():
-                layers, _ = pipe.lora_state_dict(str(path), local_files_only=True, use_safetensors=True)
-                pipe.load_lora_weights(str(path), adapter_name=NAME, local_files_only=True, use_safetensors=True)
-        except Exception as error:  # diffusers, peft and torch each raise their own kinds
-            said = in_short(error).partition(" size mismatch")[0]
-            raise InputError(f"{path}: is no adapter of this base; it was made for another one? ({said})") from None
-        _check_layers(pipe, layers, path)
+        _load(pipe, path, NAME)
         yield
     finally:
         pipe.unload_lora_weights()
+
+
+def put_on(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Give a pipeline of diffusers some adapters for good, each at a scale; they add up.
+
+    Raises:
+        InputError: the pipeline takes none, or one is no adapter, or one of another architecture.
+    """
+    if adapters and not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"{type(pipe).__name__}: takes no LoRA")
+    names = [f"{NAME}{i}" for i in range(len(adapters))]
+    for name, (path, _) in zip(names, adapters, strict=True):
+        _load(pipe, path, name)
+    if adapters:
+        pipe.set_adapters(names, [scale for _, scale in adapters])
+        for network in _networks(pipe):
+            network.requires_grad_(False)
+
+
+def _load(pipe: Any, path: Path, name: str) -> None:
+    """Put an adapter on under a name, and see that all of it found a place."""
+    header_of(path)
+    try:
+        with _quiet():
+            layers = pipe.lora_state_dict(str(path), local_files_only=True, use_safetensors=True)
+            pipe.load_lora_weights(str(path), adapter_name=name, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # diffusers, peft and torch each raise their own kinds
+        said = in_short(error).partition(" size mismatch")[0]
+        raise InputError(f"{path}: is no adapter of this base; it was made for another one? ({said})") from None
+    _check_layers(pipe, layers[0] if isinstance(layers, tuple) else layers, path, name)
 
 
 @contextmanager
@@ -101,16 +123,19 @@ def without_adapter(pipe: LocalStableDiffusionPipeline) -> Iterator[None]:
         pipe.enable_lora()
 
 
-def _check_layers(pipe: LocalStableDiffusionPipeline, layers: dict[str, Tensor], path: Path) -> None:
+def _networks(pipe: Any) -> list[torch.nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def _check_layers(pipe: Any, layers: dict[str, Tensor], path: Path, name: str) -> None:
     """See that every layer of the file found its place and that all are finite."""
-    networks: Any = (pipe.unet, pipe.text_encoder)
     placed = [
-        module for network in networks for module in network.modules() if NAME in getattr(module, "lora_A", ())
+        module for network in _networks(pipe) for module in network.modules() if name in getattr(module, "lora_A", ())
     ]  # fmt: skip
-    wanted = sum(bool(DOWN.fullmatch(name)) for name in layers)
+    wanted = sum(bool(DOWN.fullmatch(key)) for key in layers)
     if len(placed) != wanted:
         raise InputError(f"{path}: {wanted - len(placed)} of its {wanted} layers have no place in this base")
-    if broken := [name for name, tensor in layers.items() if not tensor.isfinite().all()]:
+    if broken := [key for key, tensor in layers.items() if not tensor.isfinite().all()]:
         raise InputError(f"{path}: {broken[0]} holds NaN or infinity")
 
 

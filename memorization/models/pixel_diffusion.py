@@ -19,7 +19,7 @@ from memorization.models.checkpoint import find_folder, load_network
 from memorization.models.consistency import check_pixel_model
 from memorization.models.finite import check_finite
 from memorization.models.generation import Guide
-from memorization.models.loading import check_named, load_scheduler, read_index
+from memorization.models.index import check_named, load_scheduler, read_index
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 

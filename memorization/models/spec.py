@@ -14,7 +14,7 @@ from memorization.paths import CONFIGS, ROOT
 from memorization.registry import Registry
 from memorization.settings import Checked, NotNegative, fitted, make
 
-FILES = ("clip", "calibration", "reference")  # fields that name a file or folder; clip may be a hub id
+FILES = ("clip", "calibration", "reference", "config")  # fields of a file or folder; clip and config may be hub ids
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ModelSpec(Checked):
 
     Attributes:
         ids: hub ids or folders, tried in order; ids move, so there are mirrors.
+        config: folder or hub id of the configs of a checkpoint that is one file.
         dtype: the default dtype; None to choose by device.
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         settings: of methods, where they are not the methods' own: ``{"detectors": {name: {...}}, "mitigations": ...}``.
@@ -38,6 +39,7 @@ class ModelSpec(Checked):
 
     name: str
     ids: tuple[str, ...]
+    config: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompts: dict[Literal["prompts", "memorized", "non_memorized"], str] = field(default_factory=dict)
     settings: dict[Literal["detectors", "mitigations"], dict[str, dict]] = field(default_factory=dict)

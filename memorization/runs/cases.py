@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import (
     DETECTORS,
     SCORED_BY,
@@ -21,6 +20,7 @@ from memorization.errors import InputError
 from memorization.evaluation.calibration import Calibration
 from memorization.mitigations.base import Levels, Mitigation
 from memorization.mitigations.case import Case
+from memorization.models.base import TextToImage
 from memorization.models.spec import ModelSpec
 from memorization.settings import fitted
 
@@ -33,7 +33,7 @@ class Cases:
         noise: x_T, ``(noises, c, h, w)``, the same for every prompt.
     """
 
-    pipe: LocalStableDiffusionPipeline
+    pipe: TextToImage
     noise: Tensor
     steps: int
     guidance_scale: float

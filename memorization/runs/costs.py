@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import Detector, GenerationDetector
 from memorization.io.files import write_atomically
 from memorization.io.prompts import Listed
+from memorization.models.base import TextToImage
 from memorization.models.loading import Model
 from memorization.runs.detect import Scoring
 from memorization.runs.memory import default_batch_size
@@ -32,14 +32,14 @@ class RowCounter:
 
 
 @contextmanager
-def counted_rows(unet: torch.nn.Module) -> Iterator[RowCounter]:
-    """Count the rows of every forward pass of ``unet`` while it lasts."""
+def counted_rows(denoiser: torch.nn.Module) -> Iterator[RowCounter]:
+    """Count the rows of every forward pass of ``denoiser`` while it lasts."""
     counter = RowCounter()
 
     def count(module, args, kwargs) -> None:
-        counter.rows += len(args[0] if args else kwargs["sample"])
+        counter.rows += len(args[0] if args else next(iter(kwargs.values())))
 
-    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
+    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield counter
     finally:
@@ -47,7 +47,7 @@ def counted_rows(unet: torch.nn.Module) -> Iterator[RowCounter]:
 
 
 def measure_costs(
-    pipe: LocalStableDiffusionPipeline,
+    pipe: TextToImage,
     detectors: Sequence[Detector],
     prompts: Sequence[str],
     *,
@@ -69,7 +69,7 @@ def measure_costs(
     if len(detectors) > 1:
         jobs["all"] = list(detectors), steps
     costs = {}
-    with counted_rows(pipe.unet) as counter:
+    with counted_rows(pipe.denoiser) as counter:
         for name, (group, read) in tqdm(jobs.items(), desc="costs", unit="detector"):
             scorer = Scorer(pipe, group, noises=1, seed=51, steps=steps, batch_size=batch_size)
             scorer.generated = min(scorer.generated, read)
@@ -99,7 +99,7 @@ def write_costs(
     write_atomically(path, json.dumps(costs, indent=1) + "\n")
 
 
-def _now(pipe: LocalStableDiffusionPipeline) -> float:
+def _now(pipe: TextToImage) -> float:
     if pipe.device.type == "cuda":
         torch.cuda.synchronize(pipe.device)
     return time.perf_counter()

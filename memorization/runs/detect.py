@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 from transformers import CLIPTokenizer
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, make_detectors
 from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS
 from memorization.evaluation.calibration import Calibration
 from memorization.io.prompts import Listed
+from memorization.models.base import TextToImage, split_able
 from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.paths import in_project
@@ -83,6 +83,20 @@ def configured_detectors(
     )
 
 
+def able_detectors(
+    pipe: TextToImage, detectors: Sequence[Detector], names: Sequence[str]
+) -> tuple[list[Detector], list[str]]:
+    """Those that a model can do, and a line for each that was left out; where all were asked for, not by name.
+
+    Raises:
+        InputError: one that was named cannot be done; or none can.
+    """
+    able, lines = split_able(pipe, detectors)
+    if lines and (list(names) != ["all"] or not able):
+        raise InputError(lines[0])
+    return able, lines
+
+
 def deciding(detectors: Sequence[Detector]) -> str | None:
     """The score by which prompts are ranked and flagged: the first detector's; None where all keep curves alone."""
     return next((detector.name for detector in detectors if detector.terms), None)
@@ -116,6 +130,7 @@ def detect(
         "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
         "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size, **further,
+        **({"contrast": pipe.contrast} if pipe.contrast else {}),
     }  # fmt: skip
     info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
             "thresholds": calibration.thresholds}  # fmt: skip
@@ -167,14 +182,16 @@ def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
         ])  # fmt: skip
 
 
-def notes_on(pipe: LocalStableDiffusionPipeline, frame: pd.DataFrame) -> str:
+def notes_on(pipe: TextToImage, frame: pd.DataFrame) -> str:
     """What a user should know of a list, in one line."""
-    prompts, limit = frame["prompt"].tolist(), pipe.tokenizer.model_max_length
+    prompts = frame["prompt"].tolist()
     notes = {
         "blank lines skipped": frame.attrs.get("blank_lines", 0),
         "duplicated prompts": len(prompts) - len(set(prompts)),
-        f"prompts over {limit} tokens (cut off)": _count_longer(pipe.tokenizer, prompts, limit),
     }
+    if "text" in pipe.can:  # with several tokenizers, what one cuts off another may read
+        limit = pipe.tokenizer.model_max_length
+        notes[f"prompts over {limit} tokens (cut off)"] = _count_longer(pipe.tokenizer, prompts, limit)
     said = [f"{count} {what}" for what, count in notes.items() if count]
     return f"{len(prompts)} prompts" + (": " + ", ".join(said) if said else "")
 

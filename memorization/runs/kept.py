@@ -35,7 +35,8 @@ class KeptInMemory:
         return self._pictures[number][when]
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """``prompt_embeds (1, tokens, width)`` and ``latents (noises, c, h, w)``, whichever the remedy changed."""
+        """``prompt_embeds (1, tokens, width)``, with what else the model's pipeline takes of a prompt, and ``latents
+        (noises, c, h, w)``, whichever the remedy changed."""
         return self._tensors[number]
 
 

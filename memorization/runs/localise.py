@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.evaluation.metrics import noise_mean
 from memorization.io.figures import overlay
 from memorization.io.files import replacing, writing
 from memorization.io.pictures import save_picture
 from memorization.localisation.base import Map
 from memorization.models.attention import end_of_text
+from memorization.models.base import TextToImage, check_able
 from memorization.models.decoding import decode
 from memorization.models.finite import check_finite
 from memorization.models.generation import generate
@@ -43,12 +44,12 @@ class Locator:
         batch_size: rows to a UNet call.
 
     Raises:
-        InputError: a map does not go with the model's precision.
+        InputError: a map does not go with the model or its precision.
     """
 
     def __init__(
         self,
-        pipe: LocalStableDiffusionPipeline,
+        pipe: TextToImage,
         maps: Sequence[Map],
         *,
         noises: int,
@@ -57,6 +58,7 @@ class Locator:
         guidance_scale: float,
         batch_size: int,
     ) -> None:
+        check_able(pipe, maps)
         check_precision(pipe, maps)
         self.pipe, self.maps, self.steps, self.guidance_scale = pipe, maps, steps, guidance_scale
         self.latents, self.batch_size = pipe.pure_noise(noises, seed), batch_size
@@ -69,14 +71,14 @@ class Locator:
         Raises:
             InputError: a picture or a map is not finite; names the prompt.
         """
-        embeds, empty, ends = self.pipe.embed([prompt]), self.pipe.embed([""]), end_of_text(self.pipe, [prompt])
+        embeds, empty, ends = self.pipe.embed([prompt]), self.pipe.embed([""]), self._ends(prompt)
         pictures, maps = [], {one.name: [] for one in self.maps}
         for latents in self.latents.split(max(1, self.batch_size // 2)):
             count, names = len(latents), [prompt] * len(latents)
-            rows = embeds.expand(count, -1, -1)
+            rows = embeds.repeat_interleave(count, 0)
             *_, last = generate(
                 self.pipe, rows, empty, latents, steps=self.steps, guidance_scale=self.guidance_scale,
-                ends=ends.expand(count), attention_steps=self.recorded, names=names,
+                ends=None if ends is None else ends.expand(count), attention_steps=self.recorded, names=names,
             )  # fmt: skip
             predict = Predictor(self.pipe, rows, empty, self.batch_size)
             for one in self.maps:
@@ -85,6 +87,10 @@ class Locator:
                 maps[one.name].append(found.cpu().numpy())
             pictures += decode(self.pipe, last.after, names)
         return Located(np.stack(pictures), {name: np.concatenate(parts) for name, parts in maps.items()})
+
+    def _ends(self, prompt: str) -> Tensor | None:
+        """Place of the end-of-text token, where attention is recorded."""
+        return end_of_text(self.pipe, [prompt]) if self.recorded else None
 
 
 def save_located(located: Located, number: int, folder: Path) -> None:

@@ -6,17 +6,16 @@ from collections.abc import Callable
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
+from memorization.models.base import TextToImage
 from memorization.runs.store import Store
 
 
-def default_batch_size(pipe: LocalStableDiffusionPipeline) -> int:
-    """Rows to a UNet call. CUDA starts high and is halved on out of memory; a CPU is best kept within its caches."""
+def default_batch_size(pipe: TextToImage) -> int:
+    """Rows to a call of the denoiser. CUDA starts high, halved on out of memory; a CPU is kept within its caches."""
     if pipe.device.type == "cuda":
         return 64
-    size = pipe.unet.config.sample_size
-    pixels = size * size if isinstance(size, int) else size[0] * size[1]
+    pixels = pipe.pure_noise(1, 0)[0, 0].numel()
     return min(32, max(4, 8192 // pixels))
 
 

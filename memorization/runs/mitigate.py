@@ -18,6 +18,7 @@ from memorization.index.build import own_index
 from memorization.io.prompts import picture_files, read_prompts
 from memorization.mitigations.base import MITIGATIONS, Mitigation
 from memorization.mitigations.case import Remedy
+from memorization.models.base import check_able
 from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.runs.cases import Cases, scoring_detectors
@@ -184,11 +185,12 @@ def mitigate_list(
             suffice, or a number is not finite.
     """
     spec = model.spec
+    check_able(model.pipe, [mitigation])
     noises, threshold, level = plan.calibrated(model.name, mitigation, calibration)
     if model.dtype == "float16" and mitigation.lowers:
         raise InputError(f"{mitigation.name}: gradients are lost in float16; give --dtype float32 or bfloat16")
     if model.pipe.device.type == "cuda":
-        model.pipe.unet.enable_gradient_checkpointing()  # acts where gradients are asked for alone
+        model.pipe.denoiser.enable_gradient_checkpointing()  # acts where gradients are asked for alone
     cases = _cases_for(model, mitigation, plan, noises, calibration)
     frame = prompts.frame
     if threshold is not None:
@@ -203,6 +205,7 @@ def mitigate_list(
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": noises,
         "seed": plan.seed, "steps": plan.steps, "grid_steps": cases.grid_steps,
         "guidance_scale": cases.guidance_scale, "dtype": model.dtype, "batch_size": cases.batch_size,
+        **({"contrast": model.pipe.contrast} if model.pipe.contrast else {}),
         SCORED_BY: vars(cases.detectors[SCORED_BY]), "judge": judge.description,
     }  # fmt: skip
     info = {"device": str(model.pipe.device)}

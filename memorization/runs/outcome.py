@@ -79,7 +79,7 @@ class Outcome(NamedTuple):
         embeds, latents = self.remedy.embeds[i], self.remedy.latents[i]
         found = {}
         if not torch.equal(embeds, case.embeds[i]):
-            found["prompt_embeds"] = embeds[None].contiguous()
+            found |= {name: part.contiguous() for name, part in case.pipe.parts(embeds[None]).items()}
         if not torch.equal(latents, case.noise):
             found["latents"] = latents.contiguous()
         return found

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import DETECTORS, Detector, ImageDetector
 from memorization.errors import InputError
 from memorization.io.files import read_file
 from memorization.io.pictures import list_pictures
 from memorization.io.prompts import Listed
+from memorization.models.base import TextToImage, check_able
 from memorization.models.decoding import encode
 from memorization.models.predictor import Predictor
 from memorization.runs.scorer import as_rows, check_precision
@@ -47,8 +47,9 @@ class PictureScorer:
     columns = ("image", "prompt")
     prompts_at_once = 4
 
-    def __init__(self, pipe: LocalStableDiffusionPipeline, detectors: Sequence[Detector], *, batch_size: int) -> None:
+    def __init__(self, pipe: TextToImage, detectors: Sequence[Detector], *, batch_size: int) -> None:
         check_needs(detectors)
+        check_able(pipe, detectors)
         check_precision(pipe, detectors)
         self.pipe, self.batch_size = pipe, batch_size
         self.detectors = [detector for detector in detectors if isinstance(detector, ImageDetector)]

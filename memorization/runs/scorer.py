@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.detectors.base import (
     Detector,
     GenerationDetector,
@@ -21,6 +20,7 @@ from memorization.errors import InputError
 from memorization.evaluation.bands import ROUNDS, Bands, noises_needed
 from memorization.localisation.base import Map
 from memorization.models.attention import end_of_text
+from memorization.models.base import TextToImage, check_able
 from memorization.models.finite import check_finite
 from memorization.models.generation import detection_grid, generate
 from memorization.models.predictor import Predictor
@@ -34,7 +34,7 @@ class Scorer:
         first_noise: the first of them, in the sequence of the seed's noises.
         steps: of the DDIM grid, which places the timesteps of the trace and is the generation's.
         guidance_scale: of the generation.
-        batch_size: rows (prompt-noise pairs) to a UNet call.
+        batch_size: rows (prompt-noise pairs) to a call of the denoiser.
 
     Attributes:
         generated: how many of the generation's steps are made: as many as the detectors read.
@@ -44,7 +44,7 @@ class Scorer:
 
     def __init__(
         self,
-        pipe: LocalStableDiffusionPipeline,
+        pipe: TextToImage,
         detectors: Sequence[Detector],
         *,
         noises: int,
@@ -59,9 +59,10 @@ class Scorer:
         self.gradient = [detector for detector in detectors if isinstance(detector, GradientDetector)]
         self.generation = [detector for detector in detectors if isinstance(detector, GenerationDetector)]
         self.image = [detector for detector in detectors if isinstance(detector, ImageDetector)]
+        check_able(pipe, detectors)
         check_precision(pipe, detectors)
         if any(detector.forward_mode for detector in detectors):
-            pipe.unet.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
+            pipe.denoiser.to(memory_format=torch.contiguous_format)  # group norm has no forward derivative otherwise
         grid = detection_grid(pipe, steps)
         one_step = [*self.prompt, *self.gradient]
         for detector in one_step:
@@ -78,7 +79,7 @@ class Scorer:
 
     @property
     def prompts_at_once(self) -> int:
-        """Prompts to a batch: as many as fill a UNet call."""
+        """Prompts to a batch: as many as fill a call of the denoiser."""
         return max(1, self.batch_size // len(self.latents))
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class Scorer:
         """
         noises = len(self.latents)
         recorded = {i for detector in self.generation for i in detector.attention_steps(self.steps)}
-        ends = end_of_text(self.pipe, prompts)
+        ends = end_of_text(self.pipe, prompts) if recorded else None
         parts: dict[str, list[Tensor]] = {}
         for pairs in torch.arange(len(prompts) * noises, device=embeds.device).split(max(1, self.batch_size // 2)):
             owners = (pairs // noises).tolist()
@@ -122,7 +123,7 @@ class Scorer:
             generation = generate(
                 self.pipe, row_embeds, self.uncond.embedding, latents,
                 steps=self.steps, guidance_scale=self.guidance_scale,
-                ends=ends[pairs // noises], attention_steps=recorded,
+                ends=None if ends is None else ends[pairs // noises], attention_steps=recorded,
                 names=[prompts[i] for i in owners],
             )  # fmt: skip
             for step in islice(generation, self.generated):
@@ -141,13 +142,13 @@ def _steps_read(detector: GenerationDetector, steps: int) -> int:
     return max((read.get(name, steps) for name in (*detector.terms, *detector.curves)), default=steps)
 
 
-def check_precision(pipe: LocalStableDiffusionPipeline, methods: Sequence[Detector | Map]) -> None:
+def check_precision(pipe: TextToImage, methods: Sequence[Detector | Map]) -> None:
     """See that no method takes differences of a model in half precision.
 
     Raises:
         InputError: some do; names them.
     """
-    if pipe.unet.dtype != torch.float32 and (names := [m.name for m in methods if m.takes_differences]):
+    if pipe.denoiser.dtype != torch.float32 and (names := [m.name for m in methods if m.takes_differences]):
         raise InputError(f"{', '.join(names)}: small differences drown in half precision; give --dtype float32")
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.io.pictures import read_picture, to_tensor
+from memorization.models.base import TextToImage
 from memorization.models.finite import check_finite
 from memorization.similarity.clip import Clip
 from memorization.similarity.nl2 import NEIGHBOURS, l2, normalized_l2
@@ -171,7 +171,7 @@ class Judge:
 
 
 def make_judge(
-    pipe: LocalStableDiffusionPipeline,
+    pipe: TextToImage,
     training: Sequence[Path],
     clip: str | None,
     sscd: str = "official-288",

@@ -82,6 +82,7 @@ class AMG(Mitigation):
     sim_rate: float | None = None
 
     name: ClassVar[str] = "amg"
+    asks: ClassVar[tuple[str, ...]] = ("eps", "pictures")
     needs_index: ClassVar[bool] = True
     strengths: ClassVar[tuple[float, ...]] = (0.8, 0.9, 1.0, 1.15, 1.3)
 

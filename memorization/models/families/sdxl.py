@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memorization.guard.families.base import FAMILIES, Arguments, Family, Scale, discrete_scale
+from local_sd_pipeline import Scale
+from memorization.models.families.base import FAMILIES, Arguments, Family, discrete_scale
 
 
 @FAMILIES.register
@@ -18,6 +19,7 @@ class StableDiffusionXL(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     part: ClassVar[str] = "unet"
     arguments: ClassVar[tuple[str, ...]] = ("sample", "timestep", "encoder_hidden_states")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     latents: ClassVar[str] = "sample"
 
     def scale(self, pipe: Any, timestep: float) -> Scale:

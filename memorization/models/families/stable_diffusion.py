@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from memorization.guard.families.base import FAMILIES, Arguments, Family, Scale, discrete_scale
+from local_sd_pipeline import Scale
+from memorization.models.families.base import FAMILIES, Arguments, Family, discrete_scale
 
 
 @FAMILIES.register

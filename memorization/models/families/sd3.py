@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from memorization.guard.families.base import FAMILIES, Arguments, Family, Scale
+from local_sd_pipeline import Scale
+from memorization.models.families.base import FAMILIES, Arguments, Family
 
 
 @FAMILIES.register
@@ -17,6 +18,7 @@ class StableDiffusion3(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     part: ClassVar[str] = "transformer"
     arguments: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     latents: ClassVar[str] = "hidden_states"
 
     def scale(self, pipe: Any, timestep: float) -> Scale:

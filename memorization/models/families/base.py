@@ -1,73 +1,25 @@
-"""What the guard asks of a family of pipelines: how its denoiser is called, and what the output means.
+"""A family of pipelines: how its denoiser is called, and what the output means.
 
 A family is one file and derives from :class:`Family`. It knows the pipeline's ``__call__`` only as far as the
-denoiser's arguments go; the pipeline itself is the user's and runs as it is.
+denoiser's arguments go: the guard watches a user's pipeline run, and :class:`memorization.models.replay.Replay` makes
+the calls that it made again, with latents, times and prompts of its own.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from local_sd_pipeline import Scale
 from memorization.errors import InputError
 from memorization.registry import Registry
 
 Arguments = Mapping[str, Any]  # of a denoiser call, by name
-
-
-class Scale(NamedTuple):
-    """What a denoiser's output means where x_t = alpha * x0 + sigma * eps.
-
-    Attributes:
-        kind: what it predicts; ``flow`` is the velocity eps - x0, with alpha = 1 - sigma.
-    """
-
-    kind: Literal["epsilon", "v_prediction", "sample", "flow"]
-    alpha: float
-    sigma: float
-
-    def x0(self, output: Tensor, x: Tensor) -> Tensor:
-        """The clean latents that an output implies."""
-        if self.kind == "epsilon":
-            return (x - self.sigma * output) / self.alpha
-        if self.kind == "v_prediction":
-            return self.alpha * x - self.sigma * output
-        return output if self.kind == "sample" else x - self.sigma * output
-
-    def eps(self, output: Tensor, x: Tensor) -> Tensor:
-        """The noise that an output implies."""
-        if self.kind == "epsilon":
-            return output
-        if self.kind == "v_prediction":
-            return self.alpha * output + self.sigma * x
-        return (x - self.alpha * output) / self.sigma if self.kind == "sample" else x + self.alpha * output
-
-    def output(self, eps: Tensor, x: Tensor) -> Tensor:
-        """The output that implies a noise: :meth:`eps`, the other way. Of a flow it does not exist where alpha is 0."""
-        if self.kind == "epsilon":
-            return eps
-        if self.kind == "v_prediction":
-            return (eps - self.sigma * x) / self.alpha
-        return (x - self.sigma * eps) / self.alpha if self.kind == "sample" else (eps - x) / self.alpha
-
-    def pull(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        """D = || x0_c - x0_u || / sqrt(d), ``(rows,)``, of outputs ``(rows, ...)``: the root mean square difference.
-
-        At a fixed timestep of a model that is no flow it is the norm of Wen et al. (noise_norm) times a constant. It is
-        taken in x0 since differences of eps are 0 at the first step of a flow, whatever the model does.
-        """
-        difference = (cond - uncond).float()
-        clean = self.x0(difference, torch.zeros_like(difference))  # conversions are linear: x cancels
-        return clean.flatten(1).norm(dim=1) / math.sqrt(clean[0].numel())
-
-    def norm_of(self, pull: float, numbers: int) -> float:
-        """The norm || eps_c - eps_u || of a latent of so many ``numbers`` that belongs to a pull."""
-        return pull * math.sqrt(numbers) * self.alpha / self.sigma
 
 
 class Family(ABC):
@@ -78,7 +30,11 @@ class Family(ABC):
         part: where the pipeline has its denoiser.
         arguments: names of the denoiser's arguments, in their order, as far as a pipeline gives them by place.
         latents: the name of the latents among them.
-        mitigable: whether the tool's mitigations know its models.
+        embeddings: names, in the pipeline's ``__call__``, of the tensors that hold the prompt.
+        unguided: arguments of ``__call__`` under which its denoiser is given conditional rows alone.
+        contrast: what stands for no prompt, in words; a run's settings keep it.
+        mitigable: whether the guard can apply the tool's mitigations to it.
+        watchable: whether the guard knows how its pipelines are watched.
     """
 
     name: ClassVar[str]
@@ -86,7 +42,13 @@ class Family(ABC):
     part: ClassVar[str]
     arguments: ClassVar[tuple[str, ...]]
     latents: ClassVar[str]
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+    contrast: ClassVar[str] = "the empty prompt"
     mitigable: ClassVar[bool] = False
+    watchable: ClassVar[bool] = True
+
+    packed: bool = False  # whether latents as they are unpacked are still no picture's
 
     def __init__(self) -> None:
         self._empty: list[Tensor] | None = None  # what stands for no prompt, of one row
@@ -118,6 +80,21 @@ class Family(ABC):
     @abstractmethod
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         """The condition of no prompt, one row: what the pipeline's guidance takes where nothing negative is given."""
+
+    def read(self, pipe: Any, call: Arguments) -> None:  # noqa: B027 - most know it all from the start
+        """Learn from a call for two different prompts."""
+
+    def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
+        """The prediction in an output, ``(rows, ...)`` as ``latents``: some denoisers give more."""
+        return output
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents ``(rows, c, h, w)`` as the denoiser is given them."""
+        return latents
+
+    def unpack(self, pipe: Any, packed: Tensor, call: Arguments) -> Tensor:
+        """:meth:`pack`, the other way; ``call`` is one that the pipeline made."""
+        return packed
 
     def empty(self, pipe: Any, unconditional: list[Tensor] | None) -> list[Tensor]:
         """The condition of no prompt, ``(1, ...)`` each.
@@ -157,7 +134,10 @@ def discrete_scale(scheduler: Any, timestep: float) -> Scale:
 
 
 FAMILIES: Registry[Family] = Registry(
-    "family", "memorization.guard.families", ("stable_diffusion", "sdxl", "sd3"), "memorization.guard_families"
+    "family",
+    "memorization.models.families",
+    ("stable_diffusion", "sdxl", "sd3", "pixart", "flux"),
+    "memorization.families",
 )
 
 
@@ -172,4 +152,13 @@ def family_of(pipe: Any) -> Family:
         if classes & set(family.pipelines):
             return family()
     known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
-    raise InputError(f"{type(pipe).__name__}: no pipeline that can be protected; there are: {known}")
+    raise InputError(f"{type(pipe).__name__}: no pipeline that is known; there are: {known}")
+
+
+def take(value: Any, places: Sequence[int], of: int) -> Any:
+    """The rows at ``places`` of every tensor that has ``of`` rows, in tables and lists too; all else as it is."""
+    if isinstance(value, dict):
+        return {key: take(one, places, of) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [take(one, places, of) for one in value]
+    return value[places] if isinstance(value, Tensor) and value.dim() and len(value) == of else value

@@ -1,0 +1,117 @@
+"""A checkpoint in one file, as trainers and exchanges of models have it: read by diffusers, with configs of a folder.
+
+Only safetensors; the configs say what the file holds, and come from a folder, or from the cache of the hub client where
+diffusers knows which checkpoint is of the same shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+
+from memorization.errors import InputError
+from memorization.io.files import read_file
+from memorization.models.checkpoint import find_folder, in_short, read_config
+from memorization.models.index import read_index
+from memorization.models.pipelines import OURS, UNUSED, class_of, is_other
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+CONFIGS = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")  # of a checkpoint on the hub, without its weights
+
+
+def single_file(identifiers: tuple[str, ...]) -> Path | None:
+    """The one file that a model is, if it is one.
+
+    Raises:
+        InputError: it is a pickle, which can hold code, or there is no such file.
+    """
+    for name in identifiers:
+        path = Path(name)
+        if path.suffix in PICKLES and not path.is_dir():
+            raise InputError(f"{path}: may be a pickle, which can run code; only safetensors are loaded")
+        if path.suffix == ".safetensors":
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+            return path
+    return None
+
+
+def shapes_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file without their numbers.
+
+    Raises:
+        InputError: it is no whole file in safetensors.
+    """
+    read_file(path)  # says what is wrong with the file itself
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own kinds
+        raise InputError(f"{path}: no whole file in safetensors ({in_short(error)})") from None
+
+
+def configs_for(path: Path, config: str | None) -> Path:
+    """The folder of configs: the one that is named, else of the checkpoint whose shape diffusers sees in the file.
+
+    Raises:
+        InputError: it is not there.
+    """
+
+    def fetch(identifier: str, local: bool = False) -> str:
+        return str(snapshot_download(identifier, allow_patterns=list(CONFIGS), local_files_only=local))
+
+    shapes = shapes_of(path)
+    if config is not None:
+        return find_folder([config], fetch)
+    known = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+    try:
+        return Path(fetch(known, local=True))
+    except Exception:  # the hub client raises its own kinds
+        raise InputError(
+            f"{path}: looks like {known}, whose configs are not on this machine; name a folder in diffusers format, or "
+            f"a hub id, of the same architecture: --config {known}"
+        ) from None
+
+
+def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline of diffusers from one file; what the file has not comes from the folder of configs.
+
+    Raises:
+        InputError: the configs are of no pipeline that makes pictures of text, or do not belong to the file.
+    """
+    index = read_index(folder)
+    name = index["_class_name"]
+    if name != OURS and not is_other(name):
+        raise InputError(f"{folder}: a {name} makes no pictures of text")
+    cls = getattr(diffusers, name)
+    known = inspect.signature(cls.__init__).parameters
+    for part, named in index.items():
+        if part in known and isinstance(named, list) and named != [None, None] and part not in UNUSED:
+            _check_part(folder, part, named)
+    unused = {part: None for part in UNUSED if part in known}
+    try:
+        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=dtype, **unused)
+    except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
+        raise InputError(f"{path}: is no {name} by the configs of {folder} ({in_short(error)})") from None
+    for part, network in pipe.components.items():
+        if isinstance(network, nn.Module):
+            if lacking := [key for key, weight in network.state_dict().items() if weight.is_meta]:
+                raise InputError(f"{path}: lacks the weight {lacking[0]} of the {part} that {folder} describes")
+            network.eval().requires_grad_(False)
+    return pipe
+
+
+def _check_part(folder: Path, part: str, named: list) -> None:
+    """See that a part of the configs names no code, and brings no pickle where the file lacks it."""
+    if issubclass(class_of(folder, part, named), nn.Module):
+        read_config(folder / part / "config.json")
+    if pickles := [path for path in (folder / part).glob("*") if path.suffix in PICKLES]:
+        raise InputError(f"{pickles[0]}: may be a pickle, which can run code; name configs without it")

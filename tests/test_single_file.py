@@ -1,0 +1,244 @@
+"""Models that are one file, and adapters on top of a model."""
+
+import json
+import pickle
+import re
+
+import pytest
+import tiny_families
+import torch
+from audited import layers
+from conftest import GOLDEN, load_tiny
+from safetensors.torch import load_file, save_file
+
+import memorization as mem
+from memorization.cli.detect import main as detect_command
+from memorization.errors import InputError
+from memorization.flags import adapter
+from memorization.io.files import sha256_of
+from memorization.models.loading import load_model, revision_of
+
+TINY = GOLDEN / "tiny-eps"
+PROMPTS = ["a red kite", "two boats"]
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_norm_out": "out.0",
+        "time_embedding.linear_2": "time_embed.2", "conv_out": "out.2"}  # fmt: skip
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def as_of_old(key, layers, attends):
+    """The name of a UNet's weight in the checkpoints that Stable Diffusion was published in.
+
+    Args:
+        layers: resnets to a block, on the way down.
+        attends: whether each block on the way up has attention.
+    """
+    for new, old in ENDS.items():
+        if key.startswith(new):
+            return key.replace(new, old)
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", key):
+        way, block, kind, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        place = block * (layers + 1) + number + (way == "down")
+        stem = f"{'input' if way == 'down' else 'output'}_blocks.{place}.{int(kind == 'attentions')}"
+    elif match := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.*)", key):
+        return f"input_blocks.{(int(match[1]) + 1) * (layers + 1)}.0.op.{match[2]}"
+    elif match := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.(.*)", key):
+        block = int(match[1])
+        return f"output_blocks.{block * (layers + 1) + layers}.{1 + attends[block]}.{match[2]}"
+    else:
+        match = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", key)
+        kind, rest = match[1], match[3]
+        stem = f"middle_block.{1 if kind == 'attentions' else 2 * int(match[2])}"
+    first = rest.split(".")[0]
+    return f"{stem}.{rest.replace(first, RESNET[first], 1) if kind == 'resnets' else rest}"
+
+
+def picture_part(key, blocks):
+    """The same of an autoencoder's weight."""
+    key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{blocks - 1 - int(m[1])}.block", key)
+    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", key)
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    if "mid_block.attentions.0" in key:
+        key = key.replace("mid_block.attentions.0", "mid.attn_1")
+        for new, old in ATTENTION.items():
+            key = key.replace(f"attn_1.{new}.", f"attn_1.{old}.")
+    return key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def in_one(folder):
+    """The weights of a checkpoint under the names that one file has them by."""
+    unet, vae, text = (
+        load_file(folder / part / f"{stem}.safetensors")
+        for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+                           ("text_encoder", "model"))
+    )  # fmt: skip
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
+    attends = ["CrossAttn" in name for name in config["up_block_types"]]
+    prefix = "cond_stage_model.transformer."
+    prefix += "" if any(key.startswith("text_model.") for key in text) else "text_model."
+    named = {prefix + key: value for key, value in text.items()}
+    for key, value in unet.items():
+        named["model.diffusion_model." + as_of_old(key, config["layers_per_block"], attends)] = value
+    for key, value in vae.items():
+        wide = "attentions" in key and "group_norm" not in key and key.endswith("weight")
+        named["first_stage_model." + picture_part(key, blocks)] = value[..., None, None] if wide else value
+    return named
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(in_one(TINY), tmp_path / "whole.safetensors")
+    return tmp_path / "whole.safetensors"
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """The folder without its weights."""
+    for path in TINY.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            to = tmp_path / "configs" / path.relative_to(TINY)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+    return tmp_path / "configs"
+
+
+def scores(model):
+    return mem.score(model, PROMPTS, detectors=["anisotropy", "noise_norm"])["anisotropy"].tolist()
+
+
+def test_one_file_is_the_model_of_its_folder(file, configs):
+    model = mem.load(file, config=configs, device="cpu", dtype="float32")
+    assert scores(model) == scores(mem.load(TINY, device="cpu", dtype="float32"))
+    revision = revision_of(model.pipe, pictures=True)
+    assert revision["file"] == sha256_of(file) and {"unet", "tokenizer", "vae"} < set(revision)
+
+
+@pytest.mark.parametrize("key", [
+    "model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.bias",
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+])  # fmt: skip
+def test_a_file_that_lacks_a_weight_is_refused(file, configs, key):
+    save_file({name: one for name, one in load_file(file).items() if name != key}, file)
+    with pytest.raises(InputError, match=r"whole.safetensors: (lacks the weight|is no StableDiffusionPipeline)"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+def test_without_configs_the_flag_is_named(file, monkeypatch):
+    with pytest.raises(InputError, match=r"whole.safetensors: looks like .*: --config "):
+        mem.load(file, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match=r"--config .*: goes with a model that is one file"):
+        mem.load(TINY, config=TINY, device="cpu")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])
+def test_pickles_are_refused_unopened(tmp_path, suffix, configs):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps({"state_dict": {}}))
+    with pytest.raises(InputError, match=rf"model{suffix}: may be a pickle"):
+        mem.load(path, config=configs, device="cpu")
+
+
+def test_configs_with_a_pickle_are_refused(file, configs):
+    (configs / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin: may be a pickle"):
+        mem.load(file, config=configs, device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"not a checkpoint"])
+def test_a_file_that_is_none_is_refused(tmp_path, content, configs):
+    (tmp_path / "broken.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"broken.safetensors: "):
+        mem.load(tmp_path / "broken.safetensors", config=configs, device="cpu")
+    with pytest.raises(InputError, match=r"missing.safetensors: no such file"):
+        mem.load(tmp_path / "missing.safetensors", config=configs, device="cpu")
+
+
+# ---------------------------------------------------------------- adapters
+@pytest.fixture
+def loras(tmp_path):
+    pipe = load_tiny("tiny-eps")
+    save_file(layers(pipe, 1.0), tmp_path / "one.safetensors")
+    save_file({key: value.flip(0) for key, value in layers(pipe, 0.5).items()}, tmp_path / "two.safetensors")
+    return [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+
+
+def with_layers(pipe, files):
+    """The weights with adapters added by hand."""
+    for path, scale in files:
+        tensors = load_file(path)
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            module = pipe.unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
+            module.weight.data += scale * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+    return pipe
+
+
+def test_adapters_add_up_at_their_scales(loras):
+    worn = [(loras[0], 0.7), (loras[1], -1.5)]
+    model = mem.load(TINY, device="cpu", dtype="float32", adapters=worn)
+    expected = with_layers(load_tiny("tiny-eps"), worn)
+    with torch.no_grad():
+        found, by_hand, bare = (
+            pipe.predict_noise(pipe.pure_noise(1, 0), 981, pipe.embed(["kite"]))
+            for pipe in (model.pipe, expected, load_tiny("tiny-eps"))
+        )
+    assert torch.allclose(found, by_hand, atol=1e-4) and not torch.allclose(found, bare, atol=1e-2)
+    revision = revision_of(model.pipe, pictures=False)
+    assert revision["lora 1 at 0.7"] == sha256_of(loras[0]) and revision["lora 2 at -1.5"] == sha256_of(loras[1])
+
+
+def test_the_command_takes_a_file_and_adapters(file, configs, loras, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    common = [
+        "--model",
+        str(file),
+        "--config",
+        str(configs),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--dtype",
+        "float32",
+    ]
+    detect_command([*common, "--out", str(tmp_path / "bare")])
+    detect_command([*common, "--lora", f"{loras[0]}:0.5", "--lora", str(loras[1]), "--out", str(tmp_path / "worn")])
+    rows = [(tmp_path / run / "scores.jsonl").read_text() for run in ("bare", "worn")]
+    assert rows[0] != rows[1]
+    revision = json.loads((tmp_path / "worn" / "run.json").read_text())["settings"]["revision"]
+    assert {"file", "lora 1 at 0.5", "lora 2 at 1"} < set(revision)
+    with pytest.raises(InputError, match="revision"):
+        detect_command([*common, "--lora", f"{loras[0]}:0.6", "--lora", str(loras[1]), "--out", str(tmp_path / "worn")])
+
+
+def test_a_scale_is_told_from_a_path():
+    for text, name, scale in (
+        ("a.safetensors", "a.safetensors", 1), ("a.safetensors:0.5", "a.safetensors", 0.5),
+        ("C:/a.safetensors", "C:/a.safetensors", 1), ("a:b.safetensors:-2", "a:b.safetensors", -2),
+    ):  # fmt: skip
+        path, found = adapter(text)
+        assert (str(path), found) == (name, scale)
+
+
+def test_adapters_of_other_families(tmp_path):
+    """A layer of a transformer, whose names another family has."""
+    tiny_families.sd3().save_pretrained(tmp_path / "sd3")
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    torch.manual_seed(1)
+    save_file({f"{name}.lora_A.weight": torch.randn(2, 16), f"{name}.lora_B.weight": torch.randn(16, 2)},
+              tmp_path / "sd3.safetensors")  # fmt: skip
+    options = {"device": "cpu", "dtype": "float32"}
+    bare = mem.load(tmp_path / "sd3", **options)
+    worn = mem.load(tmp_path / "sd3", adapters=[(tmp_path / "sd3.safetensors", 1.0)], **options)
+    assert scores(bare) != scores(worn)
+    assert "lora 1 at 1" in revision_of(worn.pipe, pictures=False)
+    with pytest.raises(InputError, match=r"sd3.safetensors: is no adapter of this base|have no place in this base"):
+        mem.load(TINY, adapters=[(tmp_path / "sd3.safetensors", 1.0)], **options)
+
+
+def test_a_command_for_stable_diffusion_takes_a_file_too(file, configs):
+    model = load_model(str(file), device="cpu", dtype="float32", config=str(configs))
+    assert type(model.pipe).__name__ == "LocalStableDiffusionPipeline"
