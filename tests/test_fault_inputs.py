@@ -589,7 +589,7 @@ def test_a_note_on_many_prompts_tokenizes_few(tiny_eps):
             one = plain(prompts[:1], **options).input_ids  # they are all alike
             return SimpleNamespace(input_ids=one * len(prompts))
 
-    pipe = SimpleNamespace(tokenizer=Counting())
+    pipe = SimpleNamespace(tokenizer=Counting(), can={"text"})
     prompts = ["a red kite"] * 30_000 + ["word " * 80] * 11_000
     assert "11000 prompts over 77 tokens" in notes_on(pipe, pd.DataFrame({"prompt": prompts}))
     assert sum(seen) == 11_000 and max(seen) <= 10_000
