@@ -1,19 +1,27 @@
 #!/usr/bin/env python
-"""An index of training pictures: building it, and searching in it by its size, 64 queries at once.
+"""An index of training pictures: building it, merging its shards, and searching in it by its size, 64 queries at once.
 
 python benchmarks/index.py                          10,000 and 100,000 made-up SSCD-like features; 256 pictures built
-python benchmarks/index.py --sizes 1000000 --build 0
+python benchmarks/index.py --sizes 10000 100000 1000000 --build 0 --out results/speed
+python benchmarks/index.py --sizes 1000000 --build 0 --on-disk      the compressed lists are left on disk
 
-Search is exact, and by FAISS if that is installed. Pictures are JPEG files of 512 x 512; features are made by the
-shipped testbed's networks (latents, clip), and by SSCD if its weights are there.
+Each step is a process of its own, so that its peak of memory is its own; pages of the index that the system keeps in
+memory, and gives away when others need it, count among it. Search is exact, and by FAISS if that is installed; recall
+is that of FAISS against exact search. Pictures are JPEG files of 512 x 512; features are made by the shipped testbed's
+networks (latents, clip), and by SSCD if its weights are there.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from memorization.errors import InputError  # noqa: E402
 from memorization.flags import ArgumentParser, run_script  # noqa: E402
-from memorization.index.approximate import NAME  # noqa: E402
+from memorization.index.approximate import LISTS, NAME  # noqa: E402
 from memorization.index.build import build_index  # noqa: E402
 from memorization.index.compress import compress  # noqa: E402
 from memorization.index.kinds import FEATURES, SIZED  # noqa: E402
+from memorization.index.shards import Shard, merge  # noqa: E402
 from memorization.index.store import Index  # noqa: E402
 from memorization.io.files import write_atomically  # noqa: E402
 from memorization.io.tables import markdown  # noqa: E402
@@ -37,24 +46,83 @@ from memorization.io.tables import markdown  # noqa: E402
 WIDTH, QUERIES, K = 512, 64, 50
 
 
-def write_features(folder: Path, count: int) -> None:
-    """Unit vectors round a thousand centres."""
+def write_shards(folder: Path, count: int, shards: int = 4) -> list[Path]:
+    """Unit vectors round a thousand centres, in so many shards."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(1000, WIDTH)).astype(np.float32)
-    with open(folder / "features.bin", "wb") as file:
-        for start in range(0, count, 50_000):
-            size = min(50_000, count - start)
-            part = centres[rng.integers(1000, size=size)] + 0.7 * rng.normal(size=(size, WIDTH)).astype(np.float32)
-            (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32).tofile(file)
-    lines = (json.dumps({"path": str(i), "caption": ""}) + "\n" for i in range(count))
-    (folder / "items.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "index.json").write_text(json.dumps({"kind": "sscd", "size": None, "width": WIDTH}), encoding="utf-8")
+    folders = []
+    for number in range(1, shards + 1):
+        own = range(count * (number - 1) // shards, count * number // shards)
+        place = folder / f"shard-{number}"
+        place.mkdir()
+        with open(place / "features.bin", "wb") as file:
+            for start in own[::50_000]:
+                size = min(50_000, own.stop - start)
+                part = centres[rng.integers(1000, size=size)] + 0.7 * rng.normal(size=(size, WIDTH)).astype(np.float32)
+                (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32).tofile(file)
+        lines = (json.dumps({"path": str(i), "caption": ""}) + "\n" for i in own)
+        (place / "items.jsonl").write_text("".join(lines), encoding="utf-8")
+        (place / "index.json").write_text(json.dumps({"kind": "sscd", "size": None, "width": WIDTH}), encoding="utf-8")
+        Shard(number, shards, "made-up", count, len(own)).save(place)
+        folders.append(place)
+    return folders
 
 
-def seconds(work) -> tuple[float, object]:
+def seconds(work: Callable) -> tuple[float, object]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
+
+
+def _alone(work: Callable) -> tuple[float, object, float]:
+    took, result = seconds(work)
+    return took, result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def alone(work: Callable) -> tuple[float, object, float]:
+    """Seconds, what ``work`` gave, and the peak of memory in GiB, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_alone, work).result()
+
+
+def merged(folders: list[Path], out: Path) -> None:
+    merge(folders, out)
+
+
+def compressed(folder: Path, on_disk: bool) -> int:
+    """Bytes of the inverted file."""
+    compress(Index(folder, approximately=False), folder, on_disk=on_disk)
+    return sum(path.stat().st_size for path in (folder / NAME, folder / LISTS) if path.exists())
+
+
+def searched(folder: Path, approximately: bool) -> tuple[float, float, np.ndarray]:
+    """Seconds of opening and of searching, and the rows that were found."""
+    opening, index = seconds(lambda: Index(folder, approximately=approximately))
+    noise = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(0))
+    queries = index.vectors(slice(0, len(index), len(index) // QUERIES))[:QUERIES]
+    took, (_, rows) = seconds(lambda: index.search(torch.nn.functional.normalize(queries + 0.02 * noise, dim=1), K))
+    return opening, took, rows.numpy()
+
+
+def measure(size: int, on_disk: bool) -> dict:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        index = Path(name) / "index"
+        merging, _, _ = alone(partial(merged, write_shards(Path(name), size), index))
+        _, (opening, exact, true), of_exact = alone(partial(searched, index, False))
+        row = {"pictures": size, "merging, s": merging, "opening, s": opening, "exact, s": exact,
+               "exact, GiB": of_exact}  # fmt: skip
+        try:
+            packing, size_packed, of_packing = alone(partial(compressed, index, on_disk))
+            _, (_, near, found), of_near = alone(partial(searched, index, True))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return row
+        recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(true.tolist(), found.tolist(), strict=True)])
+        return row | {
+            "compress, s": packing, "compress, GiB": of_packing, "compressed, MB": size_packed / 1e6, "FAISS, s": near,
+            "FAISS, GiB": of_near, f"recall of {K}": recall, "recall@1": (true[:, 0] == found[:, 0]).mean(),
+        }  # fmt: skip
 
 
 def build_times(count: int) -> pd.DataFrame:
@@ -85,33 +153,12 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--build", type=int, default=256, metavar="N", help="pictures; 0: none (default: %(default)s)")
+    parser.add_argument("--on-disk", action="store_true", help="compress with the lists on disk")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep both tables there")
     args = parser.parse_args()
     if min(args.sizes) < QUERIES:
         parser.error(f"--sizes are at least {QUERIES}")
-    rows = []
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_features(folder, size)
-            opening, index = seconds(lambda folder=folder: Index(folder))
-            noise = torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(0))
-            queries = index.vectors(slice(0, size, size // QUERIES))[:QUERIES]
-            queries = torch.nn.functional.normalize(queries + 0.02 * noise, dim=1)
-            exact, (_, true) = seconds(lambda index=index, queries=queries: index.search(queries, K))
-            row = {"pictures": size, "opening, s": opening, "exact, s": exact}
-            try:
-                packing, _ = seconds(lambda index=index, folder=folder: compress(index, folder))
-                packed = Index(folder)
-                near, (_, found) = seconds(lambda packed=packed, queries=queries: packed.search(queries, K))
-                recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(true.tolist(), found.tolist(), strict=True)])
-                row |= {"compress, s": packing, "compressed, MB": (folder / NAME).stat().st_size / 1e6,
-                        "FAISS, s": near, f"recall of {K}": recall,
-                        "nearest found": (true[:, 0] == found[:, 0]).float().mean().item()}  # fmt: skip
-            except InputError as error:
-                print(error, file=sys.stderr)
-            rows.append(row)
-    tables = {"index.csv": pd.DataFrame(rows).round(3)}
+    tables = {"index.csv": pd.DataFrame([measure(size, args.on_disk) for size in args.sizes]).round(3)}
     if args.build:
         tables["index_build.csv"] = build_times(args.build).round(2)
     for name, table in tables.items():

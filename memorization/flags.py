@@ -88,7 +88,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="default: the model's config, else bfloat16 where the hardware has it"),
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"),
     "--batch-size": dict(type=value(Count | Literal["auto"]), default="auto", metavar="N|auto",
-        help="rows (prompt x noise) to a UNet call, halved on out of memory (default: %(default)s)"),
+        help="rows (prompt x noise) to a UNet call, halved on out of memory; auto is measured where a list is scored, "
+             "and guessed elsewhere (default: %(default)s)"),
     "--out": dict(type=Path, metavar="DIR", help="default: results/local/detection/<model>/main"),
     "--overwrite": dict(action="store_true", help="start anew in a folder that holds a run"),
     "--resamples": dict(type=value(Resamples), default=1000, metavar="N",

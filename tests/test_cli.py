@@ -38,7 +38,7 @@ def test_the_package_is_imported_without_anything_heavy():
 
 def test_help_needs_nothing_heavy():
     commands = ["detect", "eval", "mitigate", "index build", "audit", "report", "gate", "adapter", "index search",
-                "index duplicates", "study", "prompts", "models", ""]  # fmt: skip
+                "index duplicates", "index merge", "index import", "study", "prompts", "models", ""]  # fmt: skip
     calls = [f"try: cli.dispatch({[*command.split(), '--help']})\nexcept SystemExit: pass" for command in commands]
     assert not imported_by("from memorization import cli", *calls)
 

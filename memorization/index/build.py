@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from memorization.errors import InputError, printable
-from memorization.index.approximate import NAME
-from memorization.index.descriptors import Describe, descriptor
+from memorization.index.approximate import LISTS, NAME
+from memorization.index.descriptors import Describe, description
+from memorization.index.shards import Shard, check_shard
 from memorization.index.store import Index, items_of
 from memorization.io.files import LineFile, read_file, read_json, size_of_lines, write_atomically, writing
 from memorization.io.pictures import list_pictures, read_picture, to_tensor
@@ -50,11 +52,12 @@ def listed(source: Path) -> list[dict]:
 
 def build_index(
     source: Path, folder: Path, kind: str, size: tuple[int, int] | None = None, model: str | None = None,
-    *, at_once: int = 64, device: str = "cpu",
+    *, at_once: int = 64, device: str = "cpu", shard: Shard | None = None,
 ) -> Index:  # fmt: skip
     """Add the pictures of ``source`` that ``folder`` has not yet, and open it.
 
     Args:
+        shard: which part of them, to be merged with the others (:func:`~memorization.index.shards.merge`).
         size: (height, width), for ``pixels`` and ``latents``.
         model: folder or hub id of a CLIP checkpoint, for ``clip``; of a Stable Diffusion checkpoint, for ``latents``.
 
@@ -63,11 +66,7 @@ def build_index(
             cannot be had.
     """
     place = pick_device(device)
-    (describe, name, revision), raw = descriptor(kind, size, model), kind == "pixels"
-    width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=place)).shape[1]
-    record = {"kind": kind, "size": size and list(size), "width": width} | (
-        {"model": name, "revision": revision} if name else {}
-    )
+    (describe, record), raw = description(kind, size, model, place), kind == "pixels"
 
     def described(wanted: list[dict]) -> Iterator[tuple[list[dict], np.ndarray]]:
         """Those of the ``wanted`` items whose pictures can be read, and their features ``(n, width)``."""
@@ -82,16 +81,23 @@ def build_index(
                 yield found, features
 
     with LineFile(folder / "items.jsonl", "another process is building this index") as items, writing(folder):
+        named = _unique(listed(source), source)
+        if shard:
+            named, shard = shard.part(named, at_once, source)
+        check_shard(folder, shard)
+        if shard:
+            shard.save(folder)
         _check_record(folder, record)
-        with _Features(folder / "features.bin", width * (1 if raw else 4)) as features:
+        with _Features(folder / "features.bin", record["width"] * (1 if raw else 4)) as features:
             # What a killed build wrote of its last batch goes, and what lost its features is made again.
             done = items_of(folder)[: features.rows]
             features.cut(len(done))
             items.cut(size_of_lines(folder / "items.jsonl", len(done)))
             places = {in_project(Path(item["file"])): i for i, item in enumerate(done) if "file" in item}
-            wanted = _wanted(listed(source), source, {file: done[i].get("sha256") for file, i in places.items()})
-            if wanted:
-                (folder / NAME).unlink(missing_ok=True)  # what was compressed does not know them
+            wanted = _wanted(named, {file: done[i].get("sha256") for file, i in places.items()})
+            if wanted:  # what was compressed does not know them
+                (folder / NAME).unlink(missing_ok=True)
+                (folder / LISTS).unlink(missing_ok=True)
             changed = [item for item in wanted if item["file"] in places]
             if changed:
                 _replace(changed, described, places, done, items, features)
@@ -100,6 +106,8 @@ def build_index(
                 features.write(count, found)
                 items.append(added)
                 count += len(added)
+        if shard:
+            replace(shard, built=count).save(folder)
     return Index(folder)
 
 
@@ -165,20 +173,25 @@ def _readable(items: list[dict], size: tuple[int, int] | None) -> tuple[list[dic
     return [item for item, _ in pairs], [picture for _, picture in pairs]
 
 
-def _wanted(items: list[dict], source: Path, known: Mapping[str, str | None]) -> list[dict]:
-    """``items`` with their ``file`` and its ``sha256``, without those that the index has as they are.
+def _unique(items: list[dict], source: Path) -> list[dict]:
+    """``items`` with their ``file``; where one comes twice, the first counts."""
+    found = {}
+    for item in items:
+        place = find_picture(item["path"], source.parent) or source.parent / item["path"]
+        item = {**item, "file": in_project(place.resolve())}
+        found.setdefault(item["file"], item)
+    return list(found.values())
 
-    Where a file comes twice, the first counts. Of a file that is not there any more, the index keeps what it has.
+
+def _wanted(items: Sequence[dict], known: Mapping[str, str | None]) -> list[dict]:
+    """``items`` with the ``sha256`` of their files, without those that the index has as they are.
+
+    Of a file that is not there any more, the index keeps what it has.
 
     Args:
         known: file -> sha256 of what the index has; None where an older build has not noted it.
     """
-    wanted = {}
-    for item in items:
-        place = find_picture(item["path"], source.parent) or source.parent / item["path"]
-        item = {**item, "file": in_project(place.resolve())}
-        wanted.setdefault(item["file"], item)
-    hashed = [{**item, "sha256": _hash(ROOT / file)} for file, item in wanted.items()]
+    hashed = [{**item, "sha256": _hash(ROOT / item["file"])} for item in items]
     return [item for item in hashed
             if item["file"] not in known or item["sha256"] not in ("", known[item["file"]])]  # fmt: skip
 

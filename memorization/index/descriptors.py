@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -55,3 +56,18 @@ def descriptor(kind: str, size: tuple[int, int] | None, model: str | None) -> tu
 
     sscd = SSCD(SSCD_PRESET)
     return sscd.describe, sscd.name, sscd.revision
+
+
+def description(
+    kind: str, size: tuple[int, int] | None, model: str | None, device: torch.device | str = "cpu"
+) -> tuple[Describe, dict]:
+    """What makes features, and what ``index.json`` says of them.
+
+    Raises:
+        InputError: as :func:`descriptor`.
+    """
+    describe, name, revision = descriptor(kind, size, model)
+    with torch.no_grad():
+        width = describe(torch.zeros(1, 3, *(size or (64, 64)), device=device)).shape[1]
+    network = {"model": name, "revision": revision} if name else {}
+    return describe, {"kind": kind, "size": size and list(size), "width": width, **network}

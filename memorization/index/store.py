@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memorization.errors import InputError
-from memorization.index.approximate import NAME, Candidates
+from memorization.index.approximate import LISTS, NAME, Candidates
 from memorization.index.descriptors import Describe, descriptor
 from memorization.index.kinds import FEATURES, SIZED
 from memorization.io.files import is_file, read_json, sha256_of, whole_lines
@@ -69,12 +69,11 @@ class Index:
             raise InputError(f"{folder / 'index.json'}: damaged: width = {made.width} of pictures of {self.size}")
         self.paths, self.captions = [item["path"] for item in items], [item["caption"] for item in items]
         self.files = [item.get("file", item["path"]) for item in items]
-        dtype = np.uint8 if self.kind == "pixels" else np.float32
         self.folder, self.revision = folder, made.revision
         features, shape = folder / "features.bin", (len(items), made.width)
-        if not is_file(features) or features.stat().st_size < shape[0] * shape[1] * np.dtype(dtype).itemsize:
+        if not is_file(features) or features.stat().st_size < shape[0] * shape[1] * np.dtype(made.dtype).itemsize:
             raise InputError(f"{features}: is missing or cut short; the same build command makes it whole")
-        self.features = np.memmap(features, dtype, "r", shape=shape)
+        self.features = np.memmap(features, made.dtype, "r", shape=shape)
         compressed = folder / NAME
         found = approximately and compressed.exists()
         self.candidates = Candidates(compressed, len(items)) if found else None
@@ -85,7 +84,8 @@ class Index:
     @cached_property
     def digest(self) -> str:
         """Tells what it holds, and what finds it, from any other's: the sha256 of its files."""
-        names = ["index.json", "items.jsonl", "features.bin", *([NAME] if self.candidates else [])]
+        names = ["index.json", "items.jsonl", "features.bin"]
+        names += [name for name in (NAME, LISTS) if self.candidates and (self.folder / name).exists()]
         return hashlib.sha256("".join(sha256_of(self.folder / name) for name in names).encode()).hexdigest()[:16]
 
     @cached_property
@@ -175,6 +175,11 @@ class IndexRecord(Checked):
     width: Count
     model: str | None = None
     revision: str | None = None
+
+    @property
+    def dtype(self) -> type:
+        """Of the features on disk."""
+        return np.uint8 if self.kind == "pixels" else np.float32
 
 
 ITEM = {"path": str, "caption": str, "file": str, "sha256": str}

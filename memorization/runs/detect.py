@@ -20,7 +20,7 @@ from memorization.models.loading import Model, revision_of
 from memorization.models.spec import ModelSpec
 from memorization.paths import in_project
 from memorization.runs.cases import calibrated_settings
-from memorization.runs.memory import default_batch_size, with_memory
+from memorization.runs.memory import default_batch_size, measure_batch_size, with_memory
 from memorization.runs.pictures import PictureScorer
 from memorization.runs.processes import open_store
 from memorization.runs.scorer import Scorer, SequentialScorer
@@ -42,7 +42,7 @@ class Scoring(Checked):
         seed: of the noise; the default is the public code's.
         steps: of the DDIM grid that places the timesteps, and of the generation that some detectors read.
         guidance_scale: of that generation; None for the model's own.
-        batch_size: rows (prompt x noise) to a UNet call; None to choose by device. Halved on out of memory.
+        batch_size: rows (prompt x noise) to a UNet call; None to measure. Halved on out of memory.
         sequential: 1, 2, 4, 8 noises, more for undecided prompts alone; needs a calibration made with 8.
     """
 
@@ -123,19 +123,20 @@ def detect(
         InputError: the folder holds another run, memory does not suffice for one row, or a value is not finite.
     """
     pipe = model.pipe
-    batch_size = scoring.batch_size or default_batch_size(pipe)
     make_scorer, further = _scorer_for(model, listed, detectors, scoring, calibration)
     settings = {
         "model": model.name, "revision": revision_of(pipe, pictures="images" in listed.hashes),
         "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
-        "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size, **further,
+        "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": scoring.batch_size or "auto",
+        **further,
         **({"contrast": pipe.contrast} if pipe.contrast else {}),
     }  # fmt: skip
     info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
             "thresholds": calibration.thresholds}  # fmt: skip
     with open_store(out, settings, info, overwrite) as store:
-        run_detection(make_scorer, listed.frame, store, batch_size=batch_size)
+        run_detection(make_scorer, listed.frame, store, batch_size=scoring.batch_size or default_batch_size(pipe),
+                      measure=scoring.batch_size is None)  # fmt: skip
     return store
 
 
@@ -157,29 +158,69 @@ def _scorer_for(
     return partial(SequentialScorer, model.pipe, detectors, detector=first, bands=bands, **common), further
 
 
-def run_detection(make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, store: Store, *, batch_size: int) -> None:
+def run_detection(
+    make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, store: Store, *, batch_size: int, measure: bool = False
+) -> None:
     """Score the rows of ``frame`` into ``store``, from where it stopped, by ``make_scorer(batch_size=...)``.
+
+    Args:
+        batch_size: rows to a UNet call, or the first that is tried.
+        measure: find the fastest, where the run has not done so before.
 
     Raises:
         InputError: the store holds more lines than ``frame``, not even one row fits into memory, or the model gave a
             value that is not finite.
     """
-    if store.lacks(len(frame)):
-        store.start()
-        with_memory(lambda size: _score_all(make_scorer(batch_size=size), frame, store), store, batch_size)
+    if not store.lacks(len(frame)):
+        return
+    store.start()
+    lines = _ScoredLines(make_scorer, frame, store)
+    if measure and "batch_size_used" not in store.record:
+        measure_batch_size(lines, store, len(frame), batch_size)
+        if not store.lacks(len(frame)):
+            return
+    with_memory(lines.make_all, store, batch_size)
 
 
-def _score_all(scorer: AnyScorer, frame: pd.DataFrame, store: Store) -> None:
-    keep = [column for column in KEPT if column in frame]
-    for numbers in store.batches(len(frame), scorer.prompts_at_once, unit=scorer.columns[0]):
-        batch = frame.iloc[numbers.start : numbers.stop]
+class _ScoredLines:
+    """Makes the lines of a list."""
+
+    def __init__(self, make_scorer: Callable[..., AnyScorer], frame: pd.DataFrame, store: Store) -> None:
+        self._make_scorer, self._frame, self._store = make_scorer, frame, store
+        self._keep = [column for column in KEPT if column in frame]
+        self._scorer: AnyScorer | None = None
+        self._made_for = 0  # rows to a UNet call
+
+    def make_all(self, size: int) -> None:
+        """All that are missing. What the scorer itself computes is computed with this size too, as on resume."""
+        if self._made_for != size:
+            self._scorer = None
+        scorer = self._sized(size)
+        for numbers in self._store.batches(len(self._frame), scorer.prompts_at_once, unit=scorer.columns[0]):
+            self.make(numbers, size)
+
+    def at_once(self, size: int) -> int:
+        """Lines to a batch."""
+        return self._sized(size).prompts_at_once
+
+    def make(self, numbers: range, size: int) -> None:
+        """A batch."""
+        scorer, batch = self._sized(size), self._frame.iloc[numbers.start : numbers.stop]
         scores = scorer(*(batch[column].tolist() for column in scorer.columns))
-        store.add([
+        self._store.add([
             {"id": number, "prompt": row["prompt"],
              **({"image": Path(row["image"]).name} if "image" in scorer.columns else {}),
-             **{column: row[column] for column in keep}, **values}
+             **{column: row[column] for column in self._keep}, **values}
             for number, row, values in zip(numbers, batch.to_dict("records"), scores, strict=True)
         ])  # fmt: skip
+
+    def _sized(self, size: int) -> AnyScorer:
+        """The scorer, with so many rows to a UNet call."""
+        if self._scorer is None:
+            self._scorer, self._made_for = self._make_scorer(batch_size=size), size
+        for one in self._scorer.scorers if isinstance(self._scorer, SequentialScorer) else [self._scorer]:
+            one.batch_size = size
+        return self._scorer
 
 
 def notes_on(pipe: TextToImage, frame: pd.DataFrame) -> str:

@@ -347,9 +347,11 @@ class LeadingStore(GatheringStore):
         return share
 
     def add(self, rows: list[dict]) -> None:
-        """As :meth:`Store.add`, to this process's part."""
+        """As :meth:`Store.add`, to this process's part; what it makes before it has dealt, to the whole."""
         if self._share:
             self._share.add(rows)
+        else:
+            super().add(rows)
 
     def _end_parts(self) -> None:
         self._lines.sync()

@@ -94,6 +94,6 @@ def scored(
     scorer = partial(Scorer, subject.pipe, detectors, noises=noises, seed=subject.settings["seed"], steps=steps,
                      guidance_scale=scale)  # fmt: skip
     with open_store(subject.out, settings, {}) as store:
-        run_detection(scorer, frame, store, batch_size=default_batch_size(subject.pipe))
+        run_detection(scorer, frame, store, batch_size=default_batch_size(subject.pipe), measure=True)
     main_alone()
     return store.rows
