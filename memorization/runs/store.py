@@ -140,6 +140,7 @@ class ResultStore(Store):
             raise
         self._this_time = {**info, **environment()}
         self._started: float | None = None
+        self._found_whole = False  # by lacks
 
     def _open(self, settings: dict, overwrite: bool) -> None:
         """Look at what is there, and cut what is torn."""
@@ -181,7 +182,8 @@ class ResultStore(Store):
         """
         if self.done > count:
             raise InputError(f"{self.scores}: holds {self.done} lines for {count} prompts; start anew with --overwrite")
-        return self.done < count
+        self._found_whole = self.done == count
+        return not self._found_whole
 
     def append(self, rows: list[dict]) -> None:
         """Write whole lines and flush them."""
@@ -206,6 +208,8 @@ class ResultStore(Store):
             if self._started is not None:
                 self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 1)
                 self.save("complete" if kind is None else "stopped")
+            elif kind is None and self._found_whole and self.record["status"] != "complete":
+                self.save("complete")  # it was killed after its last line
         finally:
             self._lines.close()
 
