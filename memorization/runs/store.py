@@ -130,7 +130,7 @@ class ResultStore(Store):
         self, folder: Path, settings: dict, info: dict, overwrite: bool = False, name: str = "scores.jsonl"
     ) -> None:
         if launched().count > 1 and not self.shared:
-            raise InputError("this command is not shared among processes: start it as one")
+            raise InputError("this is not shared among processes: start it as one, or unset WORLD_SIZE")
         self.folder, self.scores, self.name = folder, folder / name, folder.name
         self._lines = LineFile(self.scores, "another run is writing to it; wait for it or choose another --out")
         try:
@@ -163,16 +163,13 @@ class ResultStore(Store):
         """What the folder's ``run.json`` holds, if it has one."""
         path = self.folder / "run.json"
         if not path.exists():
-            if self._has_lines():
+            if self.scores.stat().st_size:
                 raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
             return {}
         earlier = read_record(path)
         if what := differences(earlier["settings"], settings):
             raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
         return earlier
-
-    def _has_lines(self) -> bool:
-        return self.scores.stat().st_size > 0
 
     def lacks(self, count: int) -> bool:
         """Whether lines of a list of ``count`` are missing.
