@@ -294,6 +294,7 @@ def of_launch(monkeypatch, *values):
 def impatient(monkeypatch):
     monkeypatch.setattr(processes, "LOOK", 0.01)
     monkeypatch.setattr(processes, "BEAT", 0.0)
+    monkeypatch.setattr(processes, "MEETING", 30.0)
 
 
 def both(folder, count=2):
@@ -444,7 +445,7 @@ def test_what_is_not_shared_is_refused(tmp_path, monkeypatch):
     ("values", "command", "status", "said"),
     [
         (("0", "2", "0"), "models", 0, "testbed-eps"),
-        (("1", "2", "1"), "models", 0, ""),  # the main process says it
+        (("1", "2", "1"), "models --nonsense", 0, ""),  # the main process says it
         (("1", "2", "1"), "study sequential --nonsense", 0, ""),
         (("1", "2", None), "models", 0, "testbed-eps"),  # no place: whatever it means, it is not this command's
         (("1", "2", None), "study localise", 2, "no place among processes"),
