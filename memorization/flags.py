@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from memorization.errors import AlreadySaid, InputError, printable
-from memorization.launch import launched
+from memorization.launch import launched, start
 from memorization.settings import Count, NotNegative, Rate, Resamples, Seed, Steps, Unfit, described, fit
 
 
@@ -152,7 +152,7 @@ class Terminated(BaseException):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a command's main; whatever happens, standard error says it in one line. Of several processes the main one
-    alone prints.
+    alone prints, and where the command is not marked as shared it alone runs.
 
     Exit status 2 for an :class:`InputError`; 1 where it was interrupted or terminated, where the reader of its output
     has gone, and for what nobody foresaw, whose traceback goes to a file.
@@ -162,7 +162,7 @@ def run_script(main: Callable[[], None]) -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if launched().main:
-            main()
+            start(main)
         else:
             _help(main)
         sys.stdout.flush()
@@ -185,8 +185,8 @@ def run_script(main: Callable[[], None]) -> None:
 def _help(main: Callable[[], None]) -> None:
     """Run a command's main in another process than the main one: nothing is printed, and of errors its own alone.
 
-    What is wrong with the arguments stops all processes, and where one ends by an error the launcher ends the others:
-    so this one waits, and has something to say only where it is still there afterwards.
+    What is wrong mostly stops all processes, and where one ends by an error the launcher ends the others: so this one
+    waits, and has something to say only where it is still there afterwards.
     """
     try:
         with (
@@ -195,13 +195,15 @@ def _help(main: Callable[[], None]) -> None:
             redirect_stderr(nowhere),
         ):
             try:
-                main()
-            except InputError as error:
+                start(main)
+            except Exception as error:
                 time.sleep(GRACE)
                 if isinstance(error, AlreadySaid):
                     sys.exit(2)
                 place = launched()
-                raise InputError(f"{place.named(place.rank)}: {error}") from None
+                if isinstance(error, InputError):
+                    raise InputError(f"{place.named(place.rank)}: {error}") from None
+                raise
     except (KeyboardInterrupt, Terminated):  # the main process says it
         sys.exit(1)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 from memorization.errors import InputError
 
+Main = Callable[..., None]  # of a command
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -33,7 +36,7 @@ class Launch(NamedTuple):
         return f"rank {rank} of {self.count}"
 
 
-def launched() -> Launch:
+def check_launch() -> Launch:
     """This process's place, by RANK, WORLD_SIZE and LOCAL_RANK; alone where there is no WORLD_SIZE.
 
     Raises:
@@ -50,6 +53,42 @@ def launched() -> Launch:
         pass
     said = ", ".join(f"{name}={value}" for name, value in given.items())
     raise InputError(f"{said}: no place among processes; set all three (docs/many-gpus.md), or no WORLD_SIZE")
+
+
+def launched() -> Launch:
+    """As :func:`check_launch`, but alone where the three make no sense: what is not shared must not care.
+
+    Some clusters set RANK and WORLD_SIZE in every shell, and they count machines.
+    """
+    try:
+        return check_launch()
+    except InputError:
+        return Launch()
+
+
+def in_all(main: Main) -> Main:
+    """Mark a main that runs in all processes of a launch; others run in the main process alone."""
+    main.__dict__["in_all"] = True
+    return main
+
+
+def shared(main: Main) -> Main:
+    """Mark a main whose run the processes of a launch share; their places have to make sense."""
+
+    @in_all
+    @wraps(main)
+    def checked(*given, **named) -> None:
+        check_launch()
+        main(*given, **named)
+
+    return checked
+
+
+def start(main: Main, *given, **named) -> None:
+    """Call a command's main; where it is not marked, all processes but the main one end, with exit status 0."""
+    if not hasattr(main, "in_all") and not launched().main:
+        sys.exit()
+    main(*given, **named)
 
 
 def main_alone() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -37,7 +39,7 @@ def test_smoke_goes_the_whole_way(run_script, tmp_path, monkeypatch, capsys):
 
 def test_only_marked_tests_are_run_and_their_ends_are_noted(tmp_path, monkeypatch, capsys):
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("""
+    (tmp_path / "tests" / "test_cuda.py").write_text("""
 import pytest
 @pytest.mark.cuda
 def test_good(): pass
@@ -48,11 +50,30 @@ def test_bad(): assert 1 == 2
 def test_skipped(): pass
 def test_unmarked(): pass
 """)
-    (tmp_path / "tests" / "test_b.py").write_text("raise SystemError\n")  # has no marked test, and is not imported
+    (tmp_path / "tests" / "test_b.py").write_text("raise SystemError\n")  # other files are not imported
     monkeypatch.setattr(on_cuda, "ROOT", tmp_path)
     found = on_cuda.run_tests()
     assert found["tests"] == {"test_good": "passed", "test_bad": "failure", "test_skipped": "skipped"}
     assert found["failed"] == ["test_bad"] and "1 == 2" in capsys.readouterr().err
+
+
+def test_all_marked_tests_lie_in_one_file():
+    tests = Path(__file__).parent
+    marked = {path.name for path in tests.glob("test_*.py") if "pytest.mark.cuda" in path.read_text()}
+    assert marked == {"test_cuda.py", Path(__file__).name}  # this one holds them as text
+
+
+def test_a_halved_batch_is_no_row_of_a_call_that_it_missed(monkeypatch):
+    network = on_cuda.Network("SD 1.4", torch.device("cpu"), on_cuda.SMOKE)
+    network.pipe = SimpleNamespace(unet=torch.nn.Identity())
+    network.flops, network.fast = 1, lambda *way: None
+    for used, how in ((2, "CUDA graph"), (1, "eager"), (1, "CUDA graph")):
+        monkeypatch.setattr(on_cuda, "this_tool", lambda *_, used=used: (0.5, used))
+        if (used, how) == (1, "CUDA graph"):
+            with pytest.raises(torch.OutOfMemoryError, match="only 1 rows fit"):
+                network.tool("bfloat16", 2, how)
+        else:
+            assert network.tool("bfloat16", 2, how)["batch used"] == used
 
 
 def test_without_a_card_one_line_says_so(run_script, monkeypatch):

@@ -5,37 +5,39 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN, PROMPTS
 from faults import refused
 
-from memorization import flags
-from memorization.errors import InputError
+from memorization import cli, flags
+from memorization.errors import AlreadySaid, InputError
 from memorization.io.files import LineFile, line_of
-from memorization.launch import Launch, launched, main_alone
+from memorization.launch import Launch, check_launch, launched, main_alone
 from memorization.models.devices import pick_device
 from memorization.runs import processes
-from memorization.runs.processes import GatheringStore, Share
+from memorization.runs.processes import GatheringStore, HelpingStore, LeadingStore, Voice, digits, open_store
 from memorization.runs.store import ResultStore
 
 CONTEXT = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
 CONTEXT.set_forkserver_preload(["torch", "pandas", "matplotlib.pyplot", "local_sd_pipeline", "memorization.api"])
-FAST = {"BEAT": 0.1, "SILENCE": 3.0, "LOOK": 0.05, "MEETING": 120.0}
+FAST = {"BEAT": 0.1, "LOOK": 0.05}
 TINY = str(GOLDEN / "tiny-eps")
 SEVEN_BATCHES = ("--noises", 2, "--batch-size", 6)  # of 20 prompts
 
 
-def child(script, place, folder, arguments, stops_at, grace):
+def child(script, place, folder, arguments, stops_at, grace, silence):
     """One process of a launch; at its batch ``stops_at = (number, how)`` it is killed, or meets an error."""
     os.environ.update(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), map(str, place), strict=True))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{place.rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
-    for name, seconds in FAST.items():
+    for name, seconds in {**FAST, "SILENCE": silence}.items():
         setattr(processes, name, seconds)
     flags.GRACE = grace
     from local_sd_pipeline import LocalStableDiffusionPipeline as Pipeline
@@ -48,7 +50,7 @@ def child(script, place, folder, arguments, stops_at, grace):
         if stops_at and len(batches) == stops_at[0]:
             if stops_at[1] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise InputError(stops_at[1])
+            raise stops_at[1]
         return plain(*given, **named)
 
     Pipeline.trace = trace
@@ -71,16 +73,18 @@ def launch(folder, count, *arguments, script="detect_mem", stops=None, own=None,
     """Start so many processes and wait for their end.
 
     Args:
-        stops: rank -> what stops it.
+        stops: rank -> its batch, and what stops it there: an error, or "killed".
         own: rank -> further arguments.
         ends_all: as torchrun does, end all where one fails.
         grace: seconds that the main process has to say first what stops all.
     """
     folder.mkdir()
+    # Only where one is killed has the others' silence to be short: under load a living one may say nothing for long.
+    silence = 3.0 if any(how == "killed" for _, how in (stops or {}).values()) else 180.0
     started = []
     for rank in range(count):
         place, more = Launch(rank, count, rank), (own or {}).get(rank, ())
-        target = (script, place, folder, [*arguments, *more], (stops or {}).get(rank), grace)
+        target = (script, place, folder, [*arguments, *more], (stops or {}).get(rank), grace, silence)
         started.append(CONTEXT.Process(target=child, args=target))
         started[-1].start()
     while any(process.is_alive() for process in started):
@@ -168,14 +172,23 @@ def test_the_main_process_is_missed(scored, tmp_path):
 
 def test_an_error_of_one_is_said_once(scored, tmp_path):
     arguments, _ = scored
-    ended = launch(tmp_path / "log", 2, *arguments, tmp_path / "run", stops={1: (1, "no number")}, ends_all=True,
-                   grace=60)  # fmt: skip
+    ended = launch(tmp_path / "log", 2, *arguments, tmp_path / "run", stops={1: (1, InputError("no number"))},
+                   ends_all=True, grace=60)  # fmt: skip
     assert ended.statuses == [2, 1] and ended.errors == ["error: rank 1 of 2: no number"]
 
 
 def test_an_error_of_all_is_said_once(scored, tmp_path):
     ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", "--seed", "x", ends_all=True, grace=60)
     assert ended.statuses == [2, 1] and len(ended.errors) == 1 and "x is no whole number" in ended.errors[0]
+
+
+def test_a_bug_of_one_is_said_once_and_its_traceback_is_kept(scored, tmp_path):
+    stops = {1: (1, ValueError("no such thing"))}
+    ended = launch(tmp_path / "log", 2, *scored[0], tmp_path / "run", stops=stops, ends_all=True, grace=60)
+    (line,) = ended.errors
+    assert ended.statuses == [2, 1] and line.startswith("error: rank 1 of 2: ValueError no such thing (more in ")
+    kept = json.loads(Path(line.split("more in ")[1].rstrip(")")).read_text())
+    assert "raise stops_at[1]\n" in "".join(kept["traceback"])
 
 
 def test_help_is_printed_once(tmp_path):
@@ -224,7 +237,7 @@ def parted(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"status": "running", "seconds": 1.0, "settings": {"seed": 1}}))
     (tmp_path / "scores.jsonl").write_bytes(b"".join(map(line_of, rows(*range(5)))) + b'{"id": 5, "pro')
     (tmp_path / "scores.parts").mkdir()
-    one, other = (tmp_path / "scores.parts" / f"{name}.jsonl" for name in ("a", "b"))
+    one, other = (tmp_path / "scores.parts" / f"{name}-{digits({'seed': 1})}.jsonl" for name in ("a", "b"))
     one.write_bytes(b"".join(map(line_of, rows(2, 3, 4, 5, 6, 9, 10, 11))) + b'{"id": 12')
     other.write_bytes(b"".join(map(line_of, rows(6, 7, 8, 9))))
     return tmp_path
@@ -246,21 +259,28 @@ def test_parts_are_forgotten_with_the_run(parted):
 
 
 def test_damaged_parts(parted):
-    part = parted / "scores.parts" / "b.jsonl"
+    (part,) = (parted / "scores.parts").glob("b-*.jsonl")
     for damage in (b"{broken}\n", b'{"id": "6"}\n'):
         part.write_bytes(damage + part.read_bytes())
         with GatheringStore(parted, {"seed": 1}, {}) as store:
-            refused(lambda store=store: list(store.batches(14, 4)), "b.jsonl", "damaged")
+            refused(lambda store=store: list(store.batches(14, 4)), part.name, "damaged")
 
 
-def test_parts_without_their_settings(parted):
+@pytest.mark.parametrize(("seed", "first"), [(1, [range(4)]), (2, [range(4), range(4, 8)])])
+def test_parts_are_taken_for_their_settings_alone(parted, seed, first):
     (parted / "run.json").unlink()
     (parted / "scores.jsonl").unlink()
-    refused(lambda: GatheringStore(parted, {"seed": 1}, {}), "has no run.json")
+    with GatheringStore(parted, {"seed": seed}, {}) as store:
+        batches = store.batches(8, 4)
+        assert store.anew == (seed == 2)
+        for expected in first:
+            assert next(batches) == expected
+            store.add(rows(*expected))
+        assert not list(batches) and store.rows == rows(*range(8))
 
 
 def test_parts_that_somebody_writes_to(parted):
-    with LineFile(parted / "scores.parts" / "a.jsonl", ""):
+    with LineFile(parted / "scores.parts" / "a-of-other-settings.jsonl", ""):
         refused(lambda: GatheringStore(parted, {"seed": 1}, {}), "another launch is still writing")
 
 
@@ -269,39 +289,102 @@ def of_launch(monkeypatch, *values):
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
 
 
-def test_a_share_is_every_kth_batch_that_is_missing(tmp_path, monkeypatch):
-    of_launch(monkeypatch, "1", "2", "1")
-    share = Share(tmp_path / "a.jsonl", [[2, 3], [5, 19]], 4, 19)  # batches 0, 1, 2, 3, 4
-    assert list(share.left(4)) == [range(4, 8), range(12, 16)]
-    share.add(rows(4, 5, 6, 7))  # 4 is there already
-    assert share.made == 3 and list(share.left(4)) == [range(12, 16)]
-    share.add(rows(12, 13))
-    assert list(share.left(2)) == [range(14, 16)]  # memory has halved the batch
-    share.close()
-    assert [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").open()] == [5, 6, 7, 12, 13]
-    of_launch(monkeypatch, "0", "3", "0")
-    share = Share(tmp_path / "b.jsonl", [[2, 3], [5, 19]], 4, 19)
-    assert list(share.left(4)) == [range(4), range(12, 16)]
-    share.close()
-
-
-def test_a_process_listens_to_its_own_launch_alone(tmp_path, monkeypatch):
-    of_launch(monkeypatch, "1", "2", "1")
+# ---------------------------------------------------------------- two stores, in one process
+@pytest.fixture
+def impatient(monkeypatch):
     monkeypatch.setattr(processes, "LOOK", 0.01)
+    monkeypatch.setattr(processes, "BEAT", 0.0)
+    monkeypatch.setattr(processes, "MEETING", 30.0)
+
+
+def both(folder, count=2):
+    """The stores of a launch."""
+    with ThreadPoolExecutor(count) as pool:
+        coming = [pool.submit(HelpingStore, Launch(rank, count, rank), folder, {"seed": 1}, "scores.jsonl")
+                  for rank in range(1, count)]  # fmt: skip
+        return LeadingStore(Launch(0, count, 0), folder, {"seed": 1}, {}), *(one.result(timeout=60) for one in coming)
+
+
+def made(store, count, size, pieces=()):
+    """Make the batches of a store; it meets the end of its memory after the first, where there are ``pieces``."""
+    found = []
+    for at_once in (size, *pieces):
+        for numbers in store.batches(count, at_once):
+            if found and pieces and at_once == size:
+                break
+            found.append(numbers)
+            store.add(rows(*numbers))
+    return found
+
+
+def test_a_share_is_every_kth_batch_that_is_missing(parted, impatient):
+    """Lines from 12 on are missing."""
+    main, helper = both(parted)
+    with ThreadPoolExecutor(1) as pool, main, helper:
+        assert main.lacks(27) and not main.anew and not helper.anew
+        main.start()
+        making = pool.submit(made, main, 27, 4)
+        assert helper.lacks(27) and made(helper, 27, 4, pieces=[2]) == [range(16, 20), range(24, 26), range(26, 27)]
+        assert making.result(timeout=60) == [range(12, 16), range(20, 24)]
+    assert main.rows == helper.rows == rows(*range(27)) and not (parted / "scores.parts").exists()
+
+
+def test_one_that_stopped_is_missed_before_the_own_share_is_done(tmp_path, impatient):
+    for stopped in (0, 1):
+        stores = both(tmp_path / str(stopped))
+        with ThreadPoolExecutor(1) as pool:
+            assert stores[0].lacks(9)
+            own = [store.batches(9, 1) for store in stores]
+            first = [next(own[0]), pool.submit(stores[1].lacks, 9).result(timeout=60) and next(own[1])]
+            assert first == [range(1), range(1, 2)]
+            stores[stopped].__exit__(InputError, InputError("no number"), None)
+            if stopped:
+                refused(lambda own=own: next(own[0]), "rank 1 of 2: no number")
+            else:
+                with pytest.raises(AlreadySaid, match="no number"):
+                    next(own[1])
+            stores[1 - stopped].__exit__(InputError, InputError("it too"), None)
+
+
+@pytest.mark.parametrize("lines", [4, 3])
+def test_a_main_process_that_has_gone_left_all_lines(tmp_path, impatient, monkeypatch, lines):
+    """It may have gone before the other one has heard that it was seen."""
+    monkeypatch.setattr(processes, "SILENCE", 0.2)
     parts = tmp_path / "scores.parts"
-    processes.Voice(parts / "main.json", others={"1": "stale"}, whole=True).end(None)  # of an earlier launch
+    voice = Voice(parts / "main.json", token="main")
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(processes.HelpingStore, tmp_path, {"seed": 1}, "scores.jsonl")
-        main = processes.Others(parts)
-        main.place = Launch(0, 2, 0)
-        main.meet({"seed": 1})
-        store = coming.result(timeout=10)
-    main.voice.say(missing=[[0, 4]], size=2)
-    with store:
-        assert store.lacks(4)
-        main.voice.end(None)
-        processes.Voice(parts / "main.json", missing=[[0, 4]], size=2, whole=True).end(None)
-        refused(lambda: store.lacks(4), "another launch goes on")
+        coming = pool.submit(HelpingStore, Launch(1, 2, 1), tmp_path, {}, "scores.jsonl")
+        while not any('"main": "main"' in path.read_text() for path in parts.glob("0001-*.json")):
+            time.sleep(0.01)
+        (tmp_path / "scores.jsonl").write_bytes(b"".join(map(line_of, rows(*range(lines)))))
+        voice.end(None)
+        with coming.result(timeout=60) as store:
+            if lines == 4:
+                assert not store.lacks(4)
+            else:
+                refused(lambda: store.lacks(4), "rank 0 of 2 has given no sign of life")
+
+
+def test_a_process_listens_to_its_own_launch_alone(tmp_path, impatient):
+    parts = tmp_path / "scores.parts"
+    Voice(parts / "main.json", token="of before", others={"1": "stale"}, starts=[0], size=1).end(
+        InputError("of before")
+    )
+    Voice(parts / "0001-of-0002-stale.json", rank=1, token="stale", main="of before", settings={}).end(InputError(""))
+    main, helper = both(tmp_path)
+    assert main.lacks(4)
+    first = next(main.batches(4, 4))
+    with helper:
+        assert helper.lacks(4) and first == range(4)
+        main.__exit__(InputError, InputError(""), None)
+        Voice(parts / "main.json", token="of another", starts=[0], size=4).end(InputError(""))
+        refused(lambda: helper.lacks(4), "another launch goes on")
+
+
+def test_one_that_does_not_come_is_named(tmp_path, impatient, monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", 0.1)
+    refused(lambda: LeadingStore(Launch(0, 3, 0), tmp_path, {}, {}), "rank 1 of 3 has not come within 0.1 seconds",
+            "in one process of a launch alone, unset WORLD_SIZE")  # fmt: skip
 
 
 # ---------------------------------------------------------------- places and devices
@@ -319,12 +402,14 @@ def test_a_process_listens_to_its_own_launch_alone(tmp_path, monkeypatch):
         (("1", "many", "0"), None),
     ],
 )
-def test_places(monkeypatch, values, place):
+def test_places(tmp_path, monkeypatch, values, place):
     of_launch(monkeypatch, *values)
     if place is None:
-        refused(launched, f"RANK={values[0]}, WORLD_SIZE={values[1]}, LOCAL_RANK={values[2]}")
+        refused(check_launch, f"RANK={values[0]}, WORLD_SIZE={values[1]}, LOCAL_RANK={values[2]}")
+        refused(lambda: open_store(tmp_path, {}, {}), "no place among processes")
+        assert launched() == Launch()
     else:
-        assert launched() == place
+        assert launched() == check_launch() == place
 
 
 @pytest.mark.parametrize(
@@ -354,3 +439,37 @@ def test_what_is_not_shared_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main_alone()
     assert not ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("values", "command", "status", "said"),
+    [
+        (("0", "2", "0"), "models", 0, "testbed-eps"),
+        (("1", "2", "1"), "models --nonsense", 0, ""),  # the main process says it
+        (("1", "2", "1"), "study sequential --nonsense", 0, ""),
+        (("1", "2", None), "models", 0, "testbed-eps"),  # no place: whatever it means, it is not this command's
+        (("1", "2", None), "study localise", 2, "no place among processes"),
+        (("1", "2", "1"), "detect --nonsense", 2, "rank 1 of 2: the following arguments are required: --model"),
+    ],
+)
+def test_what_is_not_shared_runs_in_the_main_process_alone(monkeypatch, capsys, values, command, status, said):
+    of_launch(monkeypatch, *values)
+    monkeypatch.setattr(flags, "GRACE", 0.0)
+    monkeypatch.setattr(sys, "argv", ["memorization", *command.split()])
+    try:
+        cli.main()
+        ended = 0
+    except SystemExit as error:
+        ended = error.code or 0
+    printed = "".join(capsys.readouterr())
+    assert ended == status and (said in printed if said else not printed)
+
+
+def test_torchrun(scored, tmp_path):
+    root = GOLDEN.parent.parent
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", root / "detect_mem.py"]
+    arguments = [*command, *scored[0], tmp_path / "run"]
+    ended = subprocess.run([sys.executable, *map(str, arguments)], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.count("scores:") == 1 and same(tmp_path / "run", scored[1])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [session["processes"] for session in record["sessions"]] == [2]

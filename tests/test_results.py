@@ -76,6 +76,24 @@ def test_stopped_run_says_so(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize("status", ["running", "stopped"])
+def test_a_run_that_was_killed_after_its_last_line_becomes_complete(tmp_path, status):
+    with ResultStore(tmp_path, {"seed": 1}, {}) as store:
+        store.start()
+        store.append(rows(0, 2))
+        store.save(status)
+        store._started = None  # SIGKILL: nothing more is said
+    for count, said in ((3, status), (2, "complete")):
+        with ResultStore(tmp_path, {"seed": 1}, {}) as again:
+            assert again.lacks(count) == (count == 3)
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert record["status"] == said and record.get("lines") == (2 if said == "complete" else None)
+    with pytest.raises(RuntimeError), ResultStore(tmp_path, {"seed": 1}, {}, overwrite=True) as store:
+        assert not store.lacks(0)
+        raise RuntimeError
+    assert json.loads((tmp_path / "run.json").read_text()) == record
+
+
 def test_a_run_in_memory_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with MemoryStore({"seed": 1}) as store:

@@ -112,9 +112,8 @@ def run_audit(
         epochs = [{"name": adapter.name, "revision": adapter.revision} for adapter in adapters]
         begun = max(0, -(-store.done // tries) - 1)  # an epoch without a line, as one that did not fit, may go
         _check_epochs(store.record.get("epochs", [])[:begun], epochs, out)
-        if store.lacks((1 + len(epochs)) * tries) or store.record["status"] != "complete":
-            store.record["epochs"] = epochs
-            store.record["training"] = files_of(prepared.training)
+        store.record |= {"epochs": epochs, "training": files_of(prepared.training)}
+        if store.lacks((1 + len(epochs)) * tries):
             store.start()
             _forget_findings(out, pictures=store.done == 0)
             prepared.audit.run(adapters, store)

@@ -7,6 +7,7 @@ import sys
 
 from memorization.errors import InputError
 from memorization.flags import Arguments, run_script
+from memorization.launch import in_all, start
 
 COMMANDS = {
     "detect": "score prompts, or pictures, for memorization",
@@ -24,6 +25,7 @@ COMMANDS = {
 }
 
 
+@in_all
 def dispatch(arguments: Arguments = None) -> None:
     """Run the subcommand that the arguments name; only its file is read."""
     from memorization import __version__
@@ -37,7 +39,7 @@ def dispatch(arguments: Arguments = None) -> None:
     elif given[0] not in COMMANDS:
         raise InputError(f"no command {given[0]!r}; there are: {', '.join(COMMANDS)}")
     else:
-        importlib.import_module(f"memorization.cli.{given[0]}").main(given[1:])
+        start(importlib.import_module(f"memorization.cli.{given[0]}").main, given[1:])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from memorization.detectors.base import DEFAULT_DETECTORS, DEFAULT_FOR_PICTURES, DETECTORS
 from memorization.errors import InputError, printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, names, value
-from memorization.launch import main_alone
+from memorization.launch import main_alone, shared
 from memorization.localisation.base import MAPS, make_maps
 from memorization.settings import Count
 
@@ -92,6 +92,7 @@ def settings_by_method(args: argparse.Namespace, maps: Sequence[str]) -> dict[st
     return found
 
 
+@shared
 def main(arguments: Arguments = None) -> None:
     """Parse, score, print."""
     args = parse(arguments)

@@ -22,7 +22,7 @@ from typing import Literal
 
 from memorization.errors import printable
 from memorization.flags import ArgumentParser, Arguments, add_flags, add_settings, assigned, value
-from memorization.launch import main_alone
+from memorization.launch import main_alone, shared
 from memorization.mitigations.base import DEFAULT_MITIGATION, MITIGATIONS
 from memorization.settings import Count, annotations_of, described
 
@@ -68,6 +68,7 @@ def about_methods(arguments: Sequence[str]) -> str:
     return "\n".join([said, "", f"{asked[0]}: {strengths}. Settings:", *settings])
 
 
+@shared
 def main(arguments: Arguments = None) -> None:
     """Parse, mitigate, print."""
     args = parse(arguments)

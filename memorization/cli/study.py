@@ -7,9 +7,11 @@ import sys
 
 from memorization.errors import InputError
 from memorization.flags import Arguments
+from memorization.launch import in_all, start
 from memorization.studies import STUDIES
 
 
+@in_all
 def main(arguments: Arguments = None) -> None:
     """Run the study that the arguments name."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -19,4 +21,4 @@ def main(arguments: Arguments = None) -> None:
         return
     if given[0] not in STUDIES:
         raise InputError(f"no study {given[0]!r}; there are: {', '.join(STUDIES)}")
-    importlib.import_module(f"memorization.studies.{given[0]}").main(given[1:])
+    start(importlib.import_module(f"memorization.studies.{given[0]}").main, given[1:])

@@ -2,20 +2,23 @@
 
 Each process makes every k-th of the batches that are missing and writes its lines to a file of its own; the main
 process puts them in order. They need no process group: they tell each other by files in ``<run>/scores.parts/`` what
-there is to tell. ``main.json`` is the main process's, ``0001-of-0004-<token>.json`` another's, beside its lines.
+there is to tell. ``main.json`` is the main process's, ``0001-of-0004-<token>-<settings>.json`` another's, beside its
+lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from secrets import token_hex
@@ -23,16 +26,26 @@ from secrets import token_hex
 from tqdm import tqdm
 
 from memorization.errors import AlreadySaid, InputError, printable
-from memorization.io.files import LineFile, parse_object, read_lines, whole_lines, write_atomically, writing
-from memorization.launch import launched
+from memorization.io.files import (
+    LineFile,
+    parse_object,
+    read_lines,
+    scored_lines,
+    whole_lines,
+    write_atomically,
+    writing,
+)
+from memorization.launch import Launch, check_launch
 from memorization.runs.store import MemoryStore, ResultStore, Store, differences
 
 # Seconds. Network file systems may show a file's change to other machines a minute late.
-BEAT = 5.0  # between two signs of life
+BEAT = 5.0  # between two signs of life, and between two looks at others beside one's own work
 SILENCE = 180.0  # without one, after which a process counts as dead
 MEETING = 900.0  # until all processes have loaded the model
-LEAVING = 30.0  # until all have heard that the run is whole
-LOOK = 0.5  # between two looks at what others say
+LOOK = 0.5  # between two looks at others that are waited for
+
+BUSY = "a process of another launch is still writing to it; wait for it, or end it"
+AGAIN = "give the same command again, with any number of processes: it goes on with what is there"
 
 
 def open_store(
@@ -47,34 +60,41 @@ def open_store(
     Raises:
         InputError: as there; or another process does not come, or would score with other settings.
     """
-    place = launched()
     if folder is None:
         return MemoryStore(settings)
+    place = check_launch()
     if not place.main:
-        return HelpingStore(folder, settings, name)
+        return HelpingStore(place, folder, settings, name)
     if place.count == 1:
         return GatheringStore(folder, settings, info, overwrite, name)
-    return LeadingStore(folder, settings, {**info, "processes": place.count}, overwrite, name)
+    return LeadingStore(place, folder, settings, {**info, "processes": place.count}, overwrite, name)
 
 
+def parts_of(scores: Path) -> Path:
+    """The folder in which the processes of a launch leave what they have made and have to say."""
+    return scores.with_suffix(".parts")
+
+
+def digits(settings: dict) -> str:
+    """What parts that were made with these settings have at the end of their names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------- what processes say
 class Voice:
-    """A file by which a process tells the others how far it is; its time changes while the process lives.
-
-    Attributes:
-        token: of this process, unlike all others'.
-    """
+    """A file by which a process tells the others how far it is; its time changes while the process lives."""
 
     def __init__(self, path: Path, **word: object) -> None:
-        self.path, self.token, self.word, self._silent = path, token_hex(4), word, threading.Event()
+        self.path, self._word, self._silent = path, {}, threading.Event()
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.say(token=self.token)
+        self.say(**word)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, **word: object) -> None:
         """Say something more."""
-        self.word |= word
-        write_atomically(self.path, json.dumps(self.word))
+        self._word |= word
+        write_atomically(self.path, json.dumps(self._word))
 
     def _beat(self) -> None:
         while not self._silent.wait(BEAT):
@@ -82,12 +102,16 @@ class Voice:
                 os.utime(self.path)
 
     def end(self, error: BaseException | None) -> None:
-        """Fall silent; of an error say why, if that can be written."""
+        """Fall silent, and leave nothing; of an error say why, and what led to it."""
         self._silent.set()
-        if error:
-            why = str(error) if isinstance(error, InputError) else f"{type(error).__name__} {error}".strip()
-            with suppress(InputError):
-                self.say(failed=why)
+        with suppress(InputError, OSError):
+            if error is None:
+                self.path.unlink(missing_ok=True)
+            elif isinstance(error, InputError):
+                self.say(failed=str(error))
+            else:
+                why = f"{type(error).__name__} {error}".strip()
+                self.say(failed=f"{why} (more in {self.path})", traceback=traceback.format_exception(error))
 
 
 class Ear:
@@ -98,9 +122,13 @@ class Ear:
         self._seen: int | None = None
 
     def word(self) -> dict:
-        """All that it has said, as far as is known: a file that was just replaced may be out of reach for a moment."""
-        with suppress(OSError):
+        """All that it has said, as far as is known; nothing where its file is gone."""
+        try:
             self._word = parse_object(self.path.read_bytes()) or self._word
+        except FileNotFoundError:
+            self._word = {}
+        except OSError:  # a file that was just replaced may be out of reach for a moment
+            pass
         return self._word
 
     def check_alive(self, who: str) -> None:
@@ -116,116 +144,10 @@ class Ear:
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
         if time.monotonic() - self._since > SILENCE:
-            raise InputError(f"{who} has given no sign of life for {SILENCE:g} seconds; give the same command again, "
-                             "with any number of processes: it goes on with what is there")  # fmt: skip
+            raise InputError(f"{who} has given no sign of life for {SILENCE:g} seconds; {AGAIN}")
 
 
-class Others:
-    """The other processes, as the main one sees them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.place, self.folder, self.voice = launched(), folder, Voice(folder / "main.json")
-        self._ears: dict[int, Ear] = {}
-
-    def meet(self, settings: dict) -> None:
-        """Wait until all are there.
-
-        Raises:
-            InputError: one does not come, or would score with other ``settings``.
-        """
-        last, ranks = time.monotonic() + MEETING, range(1, self.place.count)
-        with tqdm(total=len(ranks), desc="processes", unit="process", delay=2, leave=False) as bar:
-            while len(self._ears) < len(ranks):
-                for rank in ranks:
-                    if rank not in self._ears and (ear := self._find(rank)):
-                        self._ears[rank] = ear
-                        bar.update()
-                if time.monotonic() > last:
-                    away = next(rank for rank in ranks if rank not in self._ears)
-                    raise InputError(f"{self.place.named(away)} has not come within {MEETING:g} seconds")
-                time.sleep(LOOK)
-        words = {rank: ear.word() for rank, ear in self._ears.items()}
-        self.voice.say(others={str(rank): word["token"] for rank, word in words.items()})
-        for rank, word in words.items():
-            if what := differences(word["settings"], settings):
-                raise InputError(f"{self.place.named(rank)} has other settings than the main process ({what})")
-
-    def _find(self, rank: int) -> Ear | None:
-        """The process of that rank that has heard this main process; those of earlier launches have not."""
-        ears = map(Ear, self.folder.glob(f"{rank:04d}-of-*.json"))
-        return next((ear for ear in ears if ear.word().get("main") == self.voice.token), None)
-
-    @property
-    def made(self) -> int:
-        """How many lines they have made."""
-        return sum(ear.word().get("made", 0) for ear in self._ears.values())
-
-    def wait(self, show: Callable[[], None]) -> None:
-        """Wait until all have made their share.
-
-        Raises:
-            InputError: one has stopped.
-        """
-        while working := {rank: ear for rank, ear in self._ears.items() if not ear.word().get("done")}:
-            for rank, ear in working.items():
-                if why := ear.word().get("failed"):
-                    raise InputError(f"{self.place.named(rank)}: {why}")
-                ear.check_alive(self.place.named(rank))
-            show()
-            time.sleep(LOOK)
-        show()
-
-    def part(self) -> None:
-        """Tell them that the run is whole, and wait for them to go."""
-        self.voice.say(whole=True)
-        last = time.monotonic() + LEAVING
-        while any(ear.path.exists() for ear in self._ears.values()) and time.monotonic() < last:
-            time.sleep(LOOK / 5)
-
-
-class Share:
-    """A process's batches, and the file that its lines go to.
-
-    Args:
-        path: of that file.
-        missing: ranges of lines, as ``[first, stop]``, that all processes are to make.
-        size: of a batch.
-        count: of all lines.
-
-    Attributes:
-        made: how many lines it has made.
-    """
-
-    def __init__(self, path: Path, missing: Iterable[Sequence[int]], size: int, count: int) -> None:
-        place = launched()
-        self._missing = {number for first, stop in missing for number in range(first, stop)}
-        starts = sorted({number // size * size for number in self._missing})[place.rank :: place.count]
-        self._batches = [range(start, min(start + size, count)) for start in starts]
-        self._lines, self.made = LineFile(path, BUSY), 0
-
-    def left(self, size: int) -> Iterator[range]:
-        """The batches that are still to be made, in pieces of ``size`` at most, which memory may have halved."""
-        for batch in self._batches:
-            for start in range(batch.start, batch.stop, size):
-                numbers = range(start, min(start + size, batch.stop))
-                if not self._missing.isdisjoint(numbers):
-                    yield numbers
-
-    def add(self, rows: list[dict]) -> None:
-        """Keep those lines of a batch that are missing."""
-        rows = [row for row in rows if row["id"] in self._missing]
-        self._lines.append(rows)
-        self._missing.difference_update(row["id"] for row in rows)
-        self.made += len(rows)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._lines.close()
-
-
-BUSY = "a process of another launch is still writing to it; wait for it, or end it"
-
-
+# ---------------------------------------------------------------- lines in parts
 class Held:
     """The lines of parts, in order."""
 
@@ -253,14 +175,12 @@ class GatheringStore(ResultStore):
     shared = True
 
     def _open(self, settings: dict, overwrite: bool) -> None:
-        for part in self._parts():
+        self._digits = digits(settings)
+        for part in parts_of(self.scores).glob("*.jsonl"):
             LineFile(part, BUSY).close()
             if overwrite:
                 part.unlink()
         super()._open(settings, overwrite)
-
-    def _has_lines(self) -> bool:
-        return super()._has_lines() or bool(self._parts())
 
     @property
     def anew(self) -> bool:
@@ -268,7 +188,7 @@ class GatheringStore(ResultStore):
         return super().anew and not self._parts()
 
     def _parts(self) -> list[Path]:
-        return sorted(parts_of(self.scores).glob("*.jsonl"))
+        return sorted(parts_of(self.scores).glob(f"*-{self._digits}.jsonl"))
 
     def lacks(self, count: int) -> bool:
         """As :meth:`ResultStore.lacks`."""
@@ -298,86 +218,165 @@ class GatheringStore(ResultStore):
             shutil.rmtree(parts_of(self.scores), ignore_errors=True)
 
 
-class LeadingStore(GatheringStore):
-    """The main process's: it says what is missing, makes its own share, and puts all lines in order."""
+# ---------------------------------------------------------------- several processes
+class SharingStore(Store):
+    """What the stores of several processes have in common: a voice, and a share of the batches, made into a part."""
 
-    _share: Share | None = None
-    _asked = 0  # how many lines all processes are to make
+    _voice: Voice
+    _part: LineFile | None = None
+    _batches: deque[range]  # of the share, that are still to be made
 
-    def _open(self, settings: dict, overwrite: bool) -> None:
-        self._others = Others(parts_of(self.scores))
-        try:
-            self._others.meet(settings)
-            super()._open(settings, overwrite)
-        except BaseException as error:
-            self._others.voice.end(error)
-            raise
+    def _take_share(self, place: Launch, part: Path, starts: Sequence[int], size: int, count: int) -> None:
+        self._part = LineFile(part, BUSY)
+        own = starts[place.rank :: place.count]
+        self._batches = deque(range(start, min(start + size, count)) for start in own)
 
-    def batches(self, count: int, size: int, unit: str = "prompt") -> Iterator[range]:
-        """As :meth:`Store.batches`, of this process's share; ends when all have made theirs.
+    def _make(self, size: int) -> Iterator[range]:
+        """What is left of the share, in pieces of ``size`` at most, which memory may have halved.
 
         Raises:
             InputError: another process has stopped.
         """
-        share = self._share = self._share or self._deal(count, size)
-        with tqdm(total=count, initial=count - self._asked, desc=printable(self.name), unit=unit, smoothing=0) as bar:
+        looked = time.monotonic()
+        while self._batches:
+            yield self._batches[0][:size]
+            if rest := self._batches.popleft()[size:]:
+                self._batches.appendleft(rest)
+            if time.monotonic() - looked > BEAT:
+                self._look()
+                looked = time.monotonic()
+        self._close_part()
 
-            def show() -> None:
-                bar.update(count - self._asked + share.made + self._others.made - bar.n)
+    def _look(self) -> object:
+        """See that no other process has stopped."""
+        raise NotImplementedError
 
-            due = _due()
-            for numbers in share.left(size):
+    def add(self, rows: list[dict]) -> None:
+        """As :meth:`Store.add`, to this process's part; what it makes before it has a share, to the whole."""
+        if self._part:
+            self._part.append(rows)
+        else:
+            super().add(rows)
+
+    def _close_part(self) -> None:
+        if self._part:
+            self._part.close()
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self._close_part()
+            self._voice.end(error)
+        finally:
+            super().__exit__(kind, error, trace)
+
+
+class LeadingStore(SharingStore, GatheringStore):
+    """The main process's: it says what is missing, makes its own share, and puts all lines in order."""
+
+    def __init__(
+        self, place: Launch, folder: Path, settings: dict, info: dict, overwrite: bool = False,
+        name: str = "scores.jsonl",
+    ) -> None:  # fmt: skip
+        self._place, self._token, self._ears = place, token_hex(4), {}
+        super().__init__(folder, settings, info, overwrite, name)
+
+    def _open(self, settings: dict, overwrite: bool) -> None:
+        self._voice = Voice(parts_of(self.scores) / "main.json", token=self._token)
+        try:
+            self._meet(settings)
+            super()._open(settings, overwrite)
+        except BaseException as error:
+            self._voice.end(error)
+            raise
+
+    def _meet(self, settings: dict) -> None:
+        """Wait until all are there.
+
+        Raises:
+            InputError: one does not come, or would score with other ``settings``.
+        """
+        last, ranks, words = time.monotonic() + MEETING, range(1, self._place.count), {}
+        with tqdm(total=len(ranks), desc="processes", unit="process", delay=2, leave=False) as bar:
+            while away := [rank for rank in ranks if rank not in words]:
+                for ear in map(Ear, parts_of(self.scores).glob("*.json")):
+                    word = ear.word()
+                    if word.get("main") == self._token:  # files of earlier launches have not heard of it
+                        self._ears[word["rank"]], words[word["rank"]] = ear, word
+                bar.update(len(words) - bar.n)
+                if time.monotonic() > last:
+                    raise InputError(f"{self._place.named(away[0])} has not come within {MEETING:g} seconds; to make "
+                                     "a run in one process of a launch alone, unset WORLD_SIZE there")  # fmt: skip
+                time.sleep(LOOK)
+        self._voice.say(others={rank: word["token"] for rank, word in words.items()})
+        for rank in ranks:
+            if what := differences(words[rank]["settings"], settings):
+                raise InputError(f"{self._place.named(rank)} has other settings than the main process ({what})")
+
+    def batches(self, count: int, size: int, unit: str = "prompt") -> Iterator[range]:
+        """As :meth:`Store.batches`, of this process's share; ends when all have made theirs.
+
+        The bar takes the others to be as fast as this process.
+
+        Raises:
+            InputError: another process has stopped.
+        """
+        if self._part is None:
+            self._deal(count, size)
+        k, own = self._place.count, sum(map(len, self._batches))
+        with tqdm(total=count, initial=max(0, count - k * own), desc=printable(self.name), unit=unit,
+                  smoothing=0) as bar:  # fmt: skip
+            for numbers in self._make(size):
                 yield numbers
-                if due():
-                    show()
-            share.close()
-            self._others.wait(show)
+                bar.update(min(k * len(numbers), count - bar.n))
+            bar.set_postfix_str("until all are done")
+            while self._look():
+                time.sleep(LOOK)
         self._take(Held(self._parts()), count)
         if self.done < count:
             raise InputError(f"{self.folder}: line {self.done} is in no part; give the same command again")
         self._end_parts()
 
-    def _deal(self, count: int, size: int) -> Share:
-        """Say what is missing; this process's share of it."""
-        held = Held(self._parts())
-        missing = [number for number in range(self.done, count) if held.line(number) is None]
-        self._asked, ranges = len(missing), _ranges(missing)
-        share = Share(parts_of(self.scores) / f"{_stem(self._others.voice.token)}.jsonl", ranges, size, count)
-        self._others.voice.say(missing=ranges, size=size, batch_size_used=self.record.get("batch_size_used"))
-        return share
+    def _deal(self, count: int, size: int) -> None:
+        """Say which batches are missing, as a whole or in part, and take this process's share of them."""
+        held, done = Held(self._parts()), self.done
+        starts = [
+            numbers.start
+            for numbers in Store._grid(self, count, size)
+            if any(held.line(number) is None for number in numbers if number >= done)
+        ]
+        name = f"{self._place.rank:04d}-of-{self._place.count:04d}-{self._token}-{self._digits}.jsonl"
+        self._take_share(self._place, parts_of(self.scores) / name, starts, size, count)
+        self._voice.say(starts=starts, size=size, batch_size_used=self.record.get("batch_size_used"))
 
-    def add(self, rows: list[dict]) -> None:
-        """As :meth:`Store.add`, to this process's part; what it makes before it has dealt, to the whole."""
-        if self._share:
-            self._share.add(rows)
-        else:
-            super().add(rows)
+    def _look(self) -> bool:
+        """Whether others are still at work.
 
-    def _end_parts(self) -> None:
-        self._lines.sync()
-        self._others.part()
-        super()._end_parts()
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if self._share:
-                self._share.close()
-            self._others.voice.end(error)
-        finally:
-            super().__exit__(kind, error, trace)
+        Raises:
+            InputError: one has stopped.
+        """
+        at_work = False
+        for rank, ear in self._ears.items():
+            word = ear.word()
+            if not word.get("done"):
+                if why := word.get("failed"):
+                    raise InputError(f"{self._place.named(rank)}: {why}")
+                ear.check_alive(self._place.named(rank))
+                at_work = True
+        return at_work
 
 
-class HelpingStore(Store):
+class HelpingStore(SharingStore):
     """Another process's: it makes its share of what the main process says is missing, and waits for the whole."""
 
-    _share: Share | None = None
+    anew = False  # the main process has made everything ready
 
-    def __init__(self, folder: Path, settings: dict, name: str) -> None:
+    def __init__(self, place: Launch, folder: Path, settings: dict, name: str) -> None:
         self.folder, self.scores, self.name = folder, folder / name, folder.name
         self.record, self.done = {"settings": settings}, 0
-        self._place, parts = launched(), parts_of(self.scores)
-        self._main = Ear(parts / "main.json")
-        self._voice = Voice(parts / f"{_stem(token_hex(4))}.json", settings=settings)
+        self._place, self._token, parts = place, token_hex(4), parts_of(self.scores)
+        self._main, self._heard = Ear(parts / "main.json"), ""  # the token that it has heard of the main process
+        stem = f"{place.rank:04d}-of-{place.count:04d}-{self._token}-{digits(settings)}"
+        self._voice = Voice(parts / f"{stem}.json", rank=place.rank, token=self._token, settings=settings)
         try:
             self._meet()
         except BaseException as error:
@@ -385,34 +384,37 @@ class HelpingStore(Store):
             raise
 
     def _meet(self) -> None:
-        """Wait until the main process has seen this one."""
+        """Wait until the main process has seen this one; it may have gone again, from a run that lacked nothing."""
         last = time.monotonic() + MEETING
-        while (word := self._main.word()).get("others", {}).get(str(self._place.rank)) != self._voice.token:
-            if "token" in word and word["token"] != self._voice.word.get("main"):
-                self._voice.say(main=word["token"])
+        while self._token not in (word := self._main.word()).get("others", {}).values() and (word or not self._heard):
+            if word and word.get("token") != self._heard:
+                self._heard = word.get("token")
+                self._voice.say(main=self._heard)
             if time.monotonic() > last:
                 raise InputError(f"{self.folder}: the main process has not come within {MEETING:g} seconds")
             time.sleep(LOOK)
 
-    def _hear(self, *keys: str) -> dict:
-        """What the main process has said, once it has said one of ``keys``.
+    def _look(self) -> dict:
+        """What the main process says; nothing where it has gone.
 
         Raises:
             InputError: it has stopped, or the folder is another launch's by now.
         """
-        while (word := self._main.word())["token"] == self._voice.word["main"]:
-            if {*keys} & {*word}:
-                return word
-            if "failed" in word:
-                raise AlreadySaid(word["failed"])
-            self._main.check_alive(self._place.named(0))
-            time.sleep(LOOK)
-        raise InputError(f"{self.folder}: another launch goes on with this run")
+        word = self._main.word()
+        if word and word.get("token") != self._heard:
+            raise InputError(f"{self.folder}: another launch goes on with this run")
+        if "failed" in word:
+            raise AlreadySaid(word["failed"])
+        self._main.check_alive(self._place.named(0))
+        return word
 
-    @property
-    def anew(self) -> bool:
-        """Never: the main process has made everything ready."""
-        return False
+    def _hear(self, key: str, count: int) -> dict:
+        """What the main process says, once it says ``key``; nothing where it has gone and left all ``count`` lines."""
+        while key not in (word := self._look()):
+            if not word and sum(1 for _ in scored_lines(self.scores)) == count:
+                break
+            time.sleep(LOOK)
+        return word
 
     @property
     def rows(self) -> list[dict]:
@@ -421,67 +423,16 @@ class HelpingStore(Store):
 
     def lacks(self, count: int) -> bool:
         """Whether lines are missing, as the main process says."""
-        word = self._hear("missing", "whole")
+        word = self._hear("starts", count)
         if word.get("batch_size_used"):
             self.record["batch_size_used"] = word["batch_size_used"]
-        return "missing" in word
+        return bool(word)
 
     def batches(self, count: int, size: int, unit: str = "prompt") -> Iterator[range]:
         """As :meth:`Store.batches`, of this process's share; ends when the main process has put all lines in order."""
-        if self._share is None:
-            word = self._hear("missing")
-            self._share = Share(self._voice.path.with_suffix(".jsonl"), word["missing"], word["size"], count)
-        due = _due()
-        for numbers in self._share.left(size):
-            yield numbers
-            if due():
-                self._voice.say(made=self._share.made)
-        self._share.close()
-        self._voice.say(made=self._share.made, done=True)
-        self._hear("whole")
-
-    def add(self, rows: list[dict]) -> None:
-        """As :meth:`Store.add`, to this process's part."""
-        if self._share:
-            self._share.add(rows)
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self._share:
-            self._share.close()
-        self._voice.end(error)
-        if error is None:
-            self._voice.path.unlink(missing_ok=True)
-
-
-def _due() -> Callable[[], bool]:
-    """Whether it is time to look or to say something again: batches may be faster than a file system."""
-    last = time.monotonic()
-
-    def due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < LOOK:
-            return False
-        last = time.monotonic()
-        return True
-
-    return due
-
-
-def parts_of(scores: Path) -> Path:
-    """The folder in which the processes of a launch leave what they have made and have to say."""
-    return scores.with_suffix(".parts")
-
-
-def _stem(token: str) -> str:
-    """What a process's files are called."""
-    place = launched()
-    return f"{place.rank:04d}-of-{place.count:04d}-{token}"
-
-
-def _ranges(numbers: Sequence[int]) -> list[list[int]]:
-    """Rising numbers as ``[first, stop]`` of the runs that they are made of."""
-    if not numbers:
-        return []
-    gaps = [(left, right) for left, right in pairwise(numbers) if right != left + 1]
-    firsts, lasts = [numbers[0], *(right for _, right in gaps)], [*(left for left, _ in gaps), numbers[-1]]
-    return [[first, last + 1] for first, last in zip(firsts, lasts, strict=True)]
+        if self._part is None:
+            word = self._hear("starts", count)
+            self._take_share(self._place, self._voice.path.with_suffix(".jsonl"), word["starts"], word["size"], count)
+        yield from self._make(size)
+        self._voice.say(done=True)
+        self._hear("", count)

@@ -130,7 +130,7 @@ class ResultStore(Store):
         self, folder: Path, settings: dict, info: dict, overwrite: bool = False, name: str = "scores.jsonl"
     ) -> None:
         if launched().count > 1 and not self.shared:
-            raise InputError("this command is not shared among processes: start it as one")
+            raise InputError("this is not shared among processes: start it as one, or unset WORLD_SIZE")
         self.folder, self.scores, self.name = folder, folder / name, folder.name
         self._lines = LineFile(self.scores, "another run is writing to it; wait for it or choose another --out")
         try:
@@ -140,6 +140,7 @@ class ResultStore(Store):
             raise
         self._this_time = {**info, **environment()}
         self._started: float | None = None
+        self._found_whole = False  # by lacks
 
     def _open(self, settings: dict, overwrite: bool) -> None:
         """Look at what is there, and cut what is torn."""
@@ -162,16 +163,13 @@ class ResultStore(Store):
         """What the folder's ``run.json`` holds, if it has one."""
         path = self.folder / "run.json"
         if not path.exists():
-            if self._has_lines():
+            if self.scores.stat().st_size:
                 raise InputError(f"{self.scores}: has no run.json beside it; choose another --out or --overwrite")
             return {}
         earlier = read_record(path)
         if what := differences(earlier["settings"], settings):
             raise InputError(f"{self.folder} holds a run with other settings ({what}); --overwrite, or another --out")
         return earlier
-
-    def _has_lines(self) -> bool:
-        return self.scores.stat().st_size > 0
 
     def lacks(self, count: int) -> bool:
         """Whether lines of a list of ``count`` are missing.
@@ -181,7 +179,8 @@ class ResultStore(Store):
         """
         if self.done > count:
             raise InputError(f"{self.scores}: holds {self.done} lines for {count} prompts; start anew with --overwrite")
-        return self.done < count
+        self._found_whole = self.done == count
+        return not self._found_whole
 
     def append(self, rows: list[dict]) -> None:
         """Write whole lines and flush them."""
@@ -206,6 +205,8 @@ class ResultStore(Store):
             if self._started is not None:
                 self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self._started, 1)
                 self.save("complete" if kind is None else "stopped")
+            elif kind is None and self._found_whole and self.record["status"] != "complete":
+                self.save("complete")  # it was killed after its last line
         finally:
             self._lines.close()
 

@@ -27,7 +27,7 @@ from memorization.io.figures import draw_strips, enlarged, overlay
 from memorization.io.files import write_atomically
 from memorization.io.pictures import read_picture
 from memorization.io.prompts import find_picture, picture_files, read_prompts
-from memorization.launch import main_alone
+from memorization.launch import main_alone, shared
 from memorization.localisation.base import MAPS, Map, make_maps
 from memorization.models.loading import load_model, revision_of
 from memorization.models.spec import find_model
@@ -165,6 +165,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     return args
 
 
+@shared
 def main(arguments: Arguments = None) -> None:
     """Locate, compare, print."""
     args = parse(arguments)

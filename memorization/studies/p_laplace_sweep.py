@@ -23,6 +23,7 @@ from memorization.detectors.laplacian import boundary_samples, random_directions
 from memorization.flags import ArgumentParser, Arguments, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.launch import shared
 from memorization.settings import Count, Timestep
 from memorization.studies.labelled import add_arguments, open_subject, scored
 
@@ -90,6 +91,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
+@shared
 def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)

@@ -23,6 +23,7 @@ from memorization.evaluation.metrics import noise_mean, parts_by, roc, tpr_at_fp
 from memorization.flags import ArgumentParser, Arguments, add_flags, run_script, value
 from memorization.io.figures import save_figure
 from memorization.io.files import write_atomically
+from memorization.launch import shared
 from memorization.settings import Count
 from memorization.studies.labelled import Subject, add_arguments, open_subject, scored
 
@@ -116,6 +117,7 @@ def sweep(args, subject: Subject) -> tuple[list[dict], dict[int, int]]:
     return rows, {place: grid[place] for place in places}
 
 
+@shared
 def main(arguments: Arguments = None) -> None:
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser)
