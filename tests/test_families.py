@@ -1,6 +1,7 @@
 """Models of every family, on tiny pipelines of random weights: conversions, replayed calls, detectors, mitigations."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import family_table
@@ -360,6 +361,34 @@ def test_the_command_scores_a_folder(folders, name, tmp_path, capsys):
     assert settings["contrast"] == "the empty prompt"
     with pytest.raises(InputError, match="two_guidances: needs a guidance scale"):
         detect_command([*common, "--detectors", "two_guidances", "--out", str(tmp_path / "other")])
+
+
+def test_a_hub_id_is_scored_without_its_autoencoder(folders, tmp_path, monkeypatch):
+    """Which is not downloaded then."""
+    asked = {}
+
+    def download(identifier, **options):
+        asked.update({identifier: options})
+        unused = [part for part, one in options.items() if one is None]
+        return shutil.copytree(folders("sd3"), tmp_path / "hub", ignore=shutil.ignore_patterns(*unused))
+
+    monkeypatch.setattr("memorization.models.loading.DiffusionPipeline.download", download)
+    (tmp_path / "p.txt").write_text("a red kite\n")
+    for model, out in (("org/sd3", "hub-run"), (str(folders("sd3")), "folder-run")):
+        detect_command(["--model", model, "--prompts", str(tmp_path / "p.txt"), "--detectors", "noise_norm",
+                        "--dtype", "float32", "--out", str(tmp_path / out)])  # fmt: skip
+    assert asked["org/sd3"]["vae"] is None and not (tmp_path / "hub" / "vae").exists()
+    runs = [(tmp_path / out / "scores.jsonl").read_text() for out in ("hub-run", "folder-run")]
+    assert runs[0] == runs[1]
+
+
+def test_the_size_of_pictures_is_the_same_without_an_autoencoder(folders):
+    """It is part of SDXL's condition."""
+    options = {"device": "cpu", "dtype": "float32", "any_family": True}
+    bare, whole = (load_model(str(folders("sdxl")), pictures=pictures, **options).pipe for pictures in (False, True))
+    assert bare.vae is None and whole.vae is not None
+    times = [model._call["added_cond_kwargs"]["time_ids"] for model in (bare, whole)]
+    assert torch.equal(*times)
 
 
 def test_python_takes_a_folder(folders):

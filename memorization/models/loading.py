@@ -89,7 +89,7 @@ def load_model(
         whole = load_single(file, folder, DTYPES[dtype])
         pipe = whole if other else as_ours(whole, folder)
     else:
-        pipe = load_other(folder, DTYPES[dtype]) if other else load_parts(folder, dtype, pictures=pictures)
+        pipe = (load_other if other else load_parts)(folder, dtype, pictures=pictures)
     put_on(pipe, adapters)
     ready(pipe, folder, dtype, place)
     made = replayed(pipe, folder) if other else pipe
