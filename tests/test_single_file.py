@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny_families
 import torch
+import yaml
 from audited import layers
 from conftest import GOLDEN, load_tiny
 from safetensors.torch import load_file, save_file
@@ -212,6 +213,31 @@ def test_the_command_takes_a_file_and_adapters(file, configs, loras, tmp_path, c
     assert {"file", "lora 1 at 0.5", "lora 2 at 1"} < set(revision)
     with pytest.raises(InputError, match="revision"):
         detect_command([*common, "--lora", f"{loras[0]}:0.6", "--lora", str(loras[1]), "--out", str(tmp_path / "worn")])
+
+
+def test_a_calibration_holds_for_the_adapters_that_it_was_made_with(loras, tmp_path):
+    options = {"device": "cpu", "dtype": "float32"}
+    bare = mem.load(TINY, **options)
+    worn, weaker = (mem.load(TINY, adapters=[(loras[0], scale)], **options) for scale in (0.5, 0.25))
+    levels = dict.fromkeys((0.25, 0.5, 0.75, 0.9, 0.99), 1.0)
+    content = {"model": str(TINY), "num_images": 1, "steps": 50,
+               "detectors": {"noise_norm": {"threshold": 1.0, "levels": levels}}}  # fmt: skip
+    revision = {"revision": revision_of(worn.pipe, pictures=False)}
+    for name, more in (("of-old", {}), ("worn", revision)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**content, **more}))
+
+    def scored(model, calibration):
+        return mem.score(model, PROMPTS[:1], detectors=["noise_norm"], calibration=tmp_path / f"{calibration}.yaml")
+
+    assert len(scored(bare, "of-old")) == len(scored(worn, "worn")) == 1
+    for model, calibration, said in (
+        (bare, "worn", "was made with lora 1 at 0.5"), (worn, "of-old", "was made without lora 1 at 0.5"),
+        (weaker, "worn", "was made without lora 1 at 0.25"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            scored(model, calibration)
+    with pytest.raises(InputError, match=r"was made without lora 1 at 0.5"):
+        mem.mitigate(worn, PROMPTS, "noise_norm", calibration=tmp_path / "of-old.yaml", noises=1)
 
 
 def test_a_scale_is_told_from_a_path():

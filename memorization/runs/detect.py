@@ -120,14 +120,16 @@ def detect(
         overwrite: start anew in a folder that holds a run.
 
     Raises:
-        InputError: the folder holds another run, memory does not suffice for one row, or a value is not finite.
+        InputError: the folder holds another run, the calibration is of another model or other adapters, memory does not
+            suffice for one row, or a value is not finite.
     """
     pipe = model.pipe
     batch_size = scoring.batch_size or default_batch_size(pipe)
+    revision = revision_of(pipe, pictures="images" in listed.hashes)
+    calibration.check_revision(revision)
     make_scorer, further = _scorer_for(model, listed, detectors, scoring, calibration)
     settings = {
-        "model": model.name, "revision": revision_of(pipe, pictures="images" in listed.hashes),
-        "prompts": listed.hashes,
+        "model": model.name, "revision": revision, "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
         "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": batch_size, **further,
         **({"contrast": pipe.contrast} if pipe.contrast else {}),
