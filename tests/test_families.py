@@ -24,6 +24,7 @@ from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
 from memorization.models.base import check_able, split_able, unit_of
 from memorization.models.families.guessed import Guessed
+from memorization.models.families.sdxl import StableDiffusionXL
 from memorization.models.generation import generate
 from memorization.models.loading import load_model
 from memorization.models.pipelines import replayed
@@ -396,6 +397,26 @@ def test_python_takes_a_folder(folders):
     frame = mem.score(model, PROMPTS, detectors=["noise_norm"], steps=5)
     assert model.spec.guidance_scale == 5.0  # the pipeline's own
     assert frame["noise_norm"][1] == [0.0] and frame["noise_norm"][0][0] > 0
+
+
+def test_a_model_is_guided_as_its_pipeline_guides_it():
+    scales = {name: replayed(getattr(tiny_families, name)(), name).guidance_scale for name in (*FAMILIES, "chroma")}
+    assert scales == {"sdxl": 5.0, "sd3": 7.0, "pixart": 4.5, "flux": 1.0, "chroma": 5.0}
+    schnell = replayed(tiny_families.flux(guided=False), "schnell")
+    assert "guidance" not in schnell.can and schnell.guidance_scale == 1.0
+    for default in (None, 4):
+
+        def call(self, prompt=None, guidance_scale=default):
+            raise NotImplementedError
+
+        pipe = type("Own", (), {"__call__": call})()
+        assert StableDiffusionXL().guidance_scale(pipe) == float(default or 1)
+    assert StableDiffusionXL().guidance_scale(type("Own", (), {"__call__": lambda self: None})()) == 1
+
+
+def test_a_scale_that_goes_in_with_the_time_is_refused():
+    with pytest.raises(InputError, match=r"StableDiffusionXLPipeline: its unet is given .*time_cond_proj_dim"):
+        replayed(tiny_families.sdxl(time_cond_proj_dim=8), "lcm")
 
 
 def test_what_is_for_stable_diffusion_alone_says_so(folders):

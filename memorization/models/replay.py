@@ -7,7 +7,6 @@ of ours. What differs between pipelines says a file of memorization/models/famil
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -62,13 +61,17 @@ class Replay(Traced):
         files: name -> sha256 of further files that it is made of.
 
     Raises:
-        InputError: a cache is enabled on the denoiser, or the pipeline's call cannot be read.
+        InputError: a cache is enabled on the denoiser, it is a latent consistency model's, or the pipeline's call
+            cannot be read.
     """
 
     def __init__(self, pipe: Any, family: Family) -> None:
         self.pipe, self.family, self.denoiser = pipe, family, family.denoiser(pipe)
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise InputError("a cache is enabled on the denoiser: what it returns is then no prediction; disable it")
+        if getattr(self.denoiser.config, "time_cond_proj_dim", None):
+            said = "is given a guidance scale with the time (time_cond_proj_dim), as latent consistency models are"
+            raise InputError(f"{type(pipe).__name__}: its {family.part} {said}; that is not supported")
         self.contrast = family.contrast
         self._call = first_call(pipe, family, PAIR)  # whose latents, time and prompts are replaced
         family.read(pipe, self._call)
@@ -123,9 +126,7 @@ class Replay(Traced):
     @property
     def guidance_scale(self) -> float:
         """Of generations, as the pipeline has it by default; 1, no guidance, where the denoiser is given a scale."""
-        if "guidance" in self.can:
-            return 1.0
-        return float(inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default)
+        return self.family.guidance_scale(self.pipe)
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ the calls that it made again, with latents, times and prompts of its own.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,11 @@ class Family(ABC):
     def unpack(self, pipe: Any, packed: Tensor, call: Arguments) -> Tensor:
         """:meth:`pack`, the other way; ``call`` is one that the pipeline made."""
         return packed
+
+    def guidance_scale(self, pipe: Any) -> float:
+        """Of generations: the default of the pipeline's ``__call__``; 1, no guidance, where it has none."""
+        scale = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        return float(scale.default) if scale and isinstance(scale.default, (int, float)) else 1.0
 
     def empty(self, pipe: Any, unconditional: list[Tensor] | None) -> list[Tensor]:
         """The condition of no prompt, ``(1, ...)`` each.

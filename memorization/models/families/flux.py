@@ -43,6 +43,10 @@ class Flux(Family):
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         return list(pipe.encode_prompt("", None)[:2])
 
+    def guidance_scale(self, pipe: Any) -> float:
+        """1: the pipeline's own default is for dev's denoiser, which is given it; schnell has no use for any."""
+        return 1.0
+
     def pack(self, latents: Tensor) -> Tensor:
         """Squares of 2 x 2 pixels become channels, and the squares one axis."""
         squares = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (rows, c, h/2, 2, w/2, 2)
