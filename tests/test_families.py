@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import tiny_families
 import torch
-from conftest import load_tiny
+from conftest import GOLDEN, load_tiny
 from diffusers import EDMEulerScheduler
 
 import memorization as mem
@@ -29,6 +29,7 @@ from memorization.models.generation import generate
 from memorization.models.loading import load_model
 from memorization.models.pipelines import replayed
 from memorization.models.replay import check_step, first_call
+from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases
 from memorization.runs.sampling import sample
@@ -412,6 +413,15 @@ def test_a_model_is_guided_as_its_pipeline_guides_it():
         pipe = type("Own", (), {"__call__": call})()
         assert StableDiffusionXL().guidance_scale(pipe) == float(default or 1)
     assert StableDiffusionXL().guidance_scale(type("Own", (), {"__call__": lambda self: None})()) == 1
+
+
+def test_a_yaml_that_names_no_scale_leaves_it_to_the_pipeline(folders, tmp_path):
+    found = {}
+    for text in ("", "guidance_scale: 2.5\n"):
+        (tmp_path / "mine.yaml").write_text(f"ids: [{folders('sd3')}]\n{text}")
+        found[text] = mem.load(tmp_path / "mine.yaml", device="cpu", dtype="float32").spec.scale
+    assert list(found.values()) == [7.0, 2.5]
+    assert mem.load(GOLDEN / "tiny-eps", device="cpu", dtype="float32").spec.scale == find_model("sd14").scale == 7.5
 
 
 def test_a_scale_that_goes_in_with_the_time_is_refused():

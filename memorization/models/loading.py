@@ -95,7 +95,7 @@ def load_model(
     made = replayed(pipe, folder) if other else pipe
     made.files = {"file": sha256_of(file)} if file else {}
     made.files |= {f"lora {i} at {scale:g}": sha256_of(path) for i, (path, scale) in enumerate(adapters, 1)}
-    if other and spec.ids == (name,):  # of a folder or hub id nothing is known; its pipeline says how it is guided
+    if other and spec.guidance_scale is None:  # nothing else is known: its pipeline says how it is guided
         spec = replace(spec, guidance_scale=made.guidance_scale)
     return Model(name, spec, made, dtype)
 

@@ -147,7 +147,7 @@ def _scorer_for(
     """What makes the scorer for a batch size, and the settings that matter to it alone."""
     if "images" in listed.hashes:
         return partial(PictureScorer, model.pipe, detectors), {}
-    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    scale = model.spec.scale if scoring.guidance_scale is None else scoring.guidance_scale
     common = {"seed": scoring.seed, "steps": scoring.steps, "guidance_scale": scale}
     generates = any(detector.needs in ("generation", "image") for detector in detectors)
     further: dict = {"guidance_scale": scale} if generates else {}

@@ -228,7 +228,7 @@ def _cases_for(model: Model, mitigation: Mitigation, plan: Mitigating, noises: i
         model.pipe,
         model.pipe.pure_noise(noises, plan.seed),
         plan.steps,
-        model.spec.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
+        model.spec.scale if plan.guidance_scale is None else plan.guidance_scale,
         plan.seed,
         plan.batch_size or default_batch_size(model.pipe),
         scoring_detectors([mitigation], model.spec, calibration),
