@@ -213,10 +213,10 @@ def test_thresholds_of_the_guard_are_made_of_any_family_that_it_watches(folders,
 
 def test_zeros_stand_for_no_prompt_where_the_pipeline_says_so():
     model = replayed(tiny_families.sdxl(), "sdxl")
-    assert (model.embed([""]) == 0).all()
+    assert (model.embed([""]) == 0).all() and model.contrast == "zeros"
     model.pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    other = replayed(model.pipe, "sdxl").embed([""])
-    assert (other != 0).any()
+    other = replayed(model.pipe, "sdxl")
+    assert (other.embed([""]) != 0).any() and other.contrast == "the empty prompt"
 
 
 def test_masks_are_no_numbers_that_may_be_changed():
@@ -374,7 +374,7 @@ def test_the_command_scores_a_folder(folders, name, tmp_path, capsys):
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     network = "unet" if name == "sdxl" else "transformer"
     assert {network, "text_encoder", "text_encoder_2", "tokenizer_2", "scheduler"} <= set(settings["revision"])
-    assert settings["contrast"] == "the empty prompt"
+    assert settings["contrast"] == ("zeros" if name == "sdxl" else "the empty prompt")
     with pytest.raises(InputError, match="two_guidances: needs a guidance scale"):
         detect_command([*common, "--detectors", "two_guidances", "--out", str(tmp_path / "other")])
 

@@ -72,7 +72,7 @@ class Replay(Traced):
         if getattr(self.denoiser.config, "time_cond_proj_dim", None):
             said = "is given a guidance scale with the time (time_cond_proj_dim), as latent consistency models are"
             raise InputError(f"{type(pipe).__name__}: its {family.part} {said}; that is not supported")
-        self.contrast = family.contrast
+        self.contrast = family.contrast(pipe)
         self._call = first_call(pipe, family, PAIR)  # whose latents, time and prompts are replaced
         family.read(pipe, self._call)
         self._shapes = [(torch.Size(one.shape[1:]), one.dtype) for one in family.condition(self._call)]
