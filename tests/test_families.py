@@ -27,7 +27,7 @@ from memorization.models.base import check_able, split_able, unit_of
 from memorization.models.families.guessed import Guessed
 from memorization.models.families.sdxl import StableDiffusionXL
 from memorization.models.generation import generate
-from memorization.models.loading import load_model
+from memorization.models.loading import load_model, revision_of
 from memorization.models.pipelines import replayed
 from memorization.models.replay import check_step, first_call
 from memorization.models.spec import find_model
@@ -217,6 +217,20 @@ def test_zeros_stand_for_no_prompt_where_the_pipeline_says_so():
     model.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     other = replayed(model.pipe, "sdxl")
     assert (other.embed([""]) != 0).any() and other.contrast == "the empty prompt"
+
+
+def test_what_stands_for_no_prompt_is_part_of_the_revision(folders, tmp_path):
+    shutil.copytree(folders("sdxl"), tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+
+    def revision(**change):
+        (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, **change}))
+        pipe = load_model(str(tmp_path / "other"), device="cpu", dtype="float32", any_family=True).pipe
+        return revision_of(pipe, pictures=True)
+
+    same, other = revision(_diffusers_version="0.1"), revision(force_zeros_for_empty_prompt=False)
+    assert {key for key in same | other if same.get(key) != other.get(key)} == {"settings"}
+    assert revision() == same
 
 
 def test_masks_are_no_numbers_that_may_be_changed():
