@@ -151,6 +151,28 @@ def test_configs_with_a_pickle_are_refused(file, configs):
         mem.load(file, config=configs, device="cpu")
 
 
+@pytest.mark.parametrize("config", ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
+def test_parts_of_the_folder_are_examined_as_ever(file, configs, config):
+    content = json.loads((configs / config).read_text())
+    (configs / config).write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": "mine.Evil"}}))
+    with pytest.raises(InputError, match=rf"{config}: auto_map names code"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+def test_an_encoder_that_the_file_lacks_is_the_folders_and_whole(file, configs):
+    held = load_file(file)
+    save_file({name: one for name, one in held.items() if not name.startswith("cond_stage_model")}, file)
+    weights = load_file(TINY / "text_encoder" / "model.safetensors")
+    save_file(weights, configs / "text_encoder" / "model.safetensors", {"format": "pt"})
+    model = mem.load(file, config=configs, device="cpu", dtype="float32")
+    assert scores(model) == scores(mem.load(TINY, device="cpu", dtype="float32"))
+    lacking = min(key for key in weights if "final_layer_norm" in key)
+    del weights[lacking]
+    save_file(weights, configs / "text_encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"text_encoder: lacks the weight .*final_layer_norm"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"not a checkpoint"])
 def test_a_file_that_is_none_is_refused(tmp_path, content, configs):
     (tmp_path / "broken.safetensors").write_bytes(content)
