@@ -1,5 +1,6 @@
 """Models of every family, on tiny pipelines of random weights: conversions, replayed calls, detectors, mitigations."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from memorization.errors import InputError
 from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
 from memorization.models.base import check_able, split_able, unit_of
+from memorization.models.decoding import decode_pixels, encode_pixels
 from memorization.models.families.guessed import Guessed
 from memorization.models.families.sdxl import StableDiffusionXL
 from memorization.models.generation import generate
@@ -231,6 +233,22 @@ def test_what_stands_for_no_prompt_is_part_of_the_revision(folders, tmp_path):
     same, other = revision(_diffusers_version="0.1"), revision(force_zeros_for_empty_prompt=False)
     assert {key for key in same | other if same.get(key) != other.get(key)} == {"settings"}
     assert revision() == same
+
+
+def test_an_autoencoder_that_float16_breaks_works_in_float32():
+    vae = tiny_families.autoencoder(force_upcast=True)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 2e5  # float16 ends at 65504
+        vae.decoder.conv_in.bias *= 2e5
+        vae.encoder.conv_in.weight *= 2e5
+    half, latents = copy.deepcopy(vae).half(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    vae.load_state_dict({key: one.half().float() for key, one in vae.state_dict().items()})
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        decoded, expected = (decode_pixels(SimpleNamespace(vae=one), latents) for one in (half, vae))
+        encoded = [encode_pixels(one, pictures) for one in (half, vae)]
+    assert decoded.isfinite().all() and torch.equal(decoded, expected) and torch.equal(*encoded)
+    assert half.dtype == torch.float16
 
 
 def test_masks_are_no_numbers_that_may_be_changed():
