@@ -24,6 +24,7 @@ from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
 from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
+from memorization.mitigations.case import Remedy
 from memorization.models.base import check_able, split_able, unit_of
 from memorization.models.decoding import decode_pixels, encode_pixels
 from memorization.models.families.guessed import Guessed
@@ -35,6 +36,7 @@ from memorization.models.replay import check_step, first_call
 from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases
+from memorization.runs.outcome import Outcome
 from memorization.runs.sampling import sample
 from memorization.runs.scorer import Scorer
 
@@ -337,6 +339,33 @@ def test_two_guidances_is_the_difference_of_clean_latents():
 
 
 # ---------------------------------------------------------------- the whole way
+def test_what_is_saved_of_a_remedy_is_what_the_pipeline_takes(model):
+    case = case_of(model)
+    embeds = case.embeds * (1 + 0.5 * model.free(case.embeds))
+    remedy = Remedy.unchanged(case, embeds=embeds, latents=case.noise[None] * 0.5)
+    found = Outcome(remedy, None, None, 0.0).changed(case, 0)
+    assert set(found) == {*model.family.embeddings, "latents"}
+    seen = []
+
+    def stop(module, args, kwargs):
+        seen.append(model.family.named(args, kwargs))
+        raise StopIteration
+
+    hook = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(StopIteration):
+        model.pipe(**found, **model.family.unguided, num_inference_steps=2, output_type="latent")
+    hook.remove()
+    latents = model.family.unpack(model.pipe, seen[0][model.family.latents], seen[0])
+    assert torch.allclose(latents, remedy.latents[0], atol=1e-5)
+    assert torch.allclose(model._row_of(model.family.condition(seen[0])), embeds, atol=1e-5)
+
+
+def test_of_a_pipeline_without_a_file_nothing_is_saved():
+    model = replayed(tiny_families.chroma(), "chroma")
+    embeds, noise = model.embed(PROMPTS[:1]), model.pure_noise(1, 0)
+    assert model.given(embeds, noise) == {} and list(load_tiny("tiny-eps").given(None, noise)) == ["latents"]
+
+
 def test_every_detector_that_is_able_gives_finite_values(model):
     made = make_detectors(["all"], {"p_laplace": {"points": 2}, "flipd": {"probes": 1}})
     detectors, _ = split_able(model, made)

@@ -161,6 +161,13 @@ class Replay(Traced):
         ]
         return dict(zip(self.family.embeddings, tensors, strict=True))
 
+    def given(self, embeds: Tensor | None, latents: Tensor | None) -> dict[str, Tensor]:
+        """As of every model; latents as the pipeline packs them. Of a pipeline without a family's file nobody knows the
+        arguments: nothing."""
+        if not self.family.pipelines:
+            return {}
+        return super().given(embeds, None if latents is None else self.family.pack(latents))
+
     def free(self, embeds: Tensor) -> Tensor:
         """All but masks."""
         return torch.cat([
