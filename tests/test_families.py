@@ -32,7 +32,7 @@ from memorization.models.families.sdxl import StableDiffusionXL
 from memorization.models.generation import generate
 from memorization.models.loading import load_model, revision_of
 from memorization.models.pipelines import replayed
-from memorization.models.replay import check_step, first_call
+from memorization.models.replay import _divisor, check_step, first_call
 from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases
@@ -306,6 +306,27 @@ def test_what_cannot_be_read_is_said_in_one_line():
     pipe.transformer = None
     with pytest.raises(InputError, match="has no transformer and no unet"):
         replayed(pipe, "chroma")
+
+
+@pytest.mark.parametrize(("given", "divisor"), [
+    (torch.tensor([999.0], dtype=torch.bfloat16), 1), (torch.tensor([0.999], dtype=torch.bfloat16), 1000),
+    (torch.tensor(999), 1), (torch.tensor([0.0999]), 10000),
+])  # fmt: skip
+def test_the_unit_of_time_is_read_though_it_was_rounded(given, divisor):
+    scheduler = SimpleNamespace(timesteps=torch.tensor([999.0]), config=SimpleNamespace(num_train_timesteps=1000))
+    assert _divisor(SimpleNamespace(scheduler=scheduler), given) == pytest.approx(divisor, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0.0, float("nan"), -1.0])
+def test_time_that_runs_the_other_way_is_one_line(first):
+    pipe = tiny_families.chroma()
+    forward = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "timestep": torch.full_like(kwargs["timestep"], first)}),
+        with_kwargs=True,
+    )
+    with pytest.raises(InputError, match=r"ChromaPipeline: gives its denoiser .* no share of it, as 1 - s"):
+        replayed(pipe, "chroma")
+    forward.remove()
 
 
 # ---------------------------------------------------------------- what it cannot do

@@ -7,6 +7,7 @@ of ours. What differs between pipelines says a file of memorization/models/famil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -52,6 +53,23 @@ def first_call(pipe: Any, family: Family, prompts: Sequence[str], **options: Any
     raise InputError(f"{type(pipe).__name__}: its call does not reach {family.part}")
 
 
+def _divisor(pipe: Any, time: Tensor) -> float:
+    """By what the pipeline divides timesteps before its denoiser is given them: nothing, their number, or another.
+
+    Raises:
+        InputError: it gives no share of a timestep, as 1 - s.
+    """
+    first, given = float(pipe.scheduler.timesteps[0]), float(time.flatten()[0])
+    if not (math.isfinite(given) and given > 0):
+        raise InputError(
+            f"{type(pipe).__name__}: gives its denoiser {given:g} at the first timestep, {first:g}: no share of it, as "
+            "1 - s is none; it needs a file of its own (docs/families.md)"
+        )
+    usual = (1.0, float(pipe.scheduler.config.num_train_timesteps))
+    near = [one for one in usual if abs(first / given / one - 1) < 0.01]  # bfloat16 rounds by less than half of that
+    return near[0] if near else first / given
+
+
 class Replay(Traced):
     """A pipeline as a model; see memorization/models/base.py for what it answers to.
 
@@ -77,7 +95,7 @@ class Replay(Traced):
         family.read(pipe, self._call)
         self._shapes = [(torch.Size(one.shape[1:]), one.dtype) for one in family.condition(self._call)]
         self._time: Tensor = self._call["timestep"]
-        self._divisor = float(pipe.scheduler.timesteps[0]) / float(self._time.flatten()[0])
+        self._divisor = _divisor(pipe, self._time)
         self._shape = family.unpack(pipe, self._call[family.latents], self._call).shape[1:]
         self._grids: dict[int, list] = {}
         self.shaping = [part for part, one in pipe.components.items() if one is not None]
