@@ -173,6 +173,16 @@ def test_an_encoder_that_the_file_lacks_is_the_folders_and_whole(file, configs):
         mem.load(file, config=configs, device="cpu", dtype="float32")
 
 
+def test_what_diffusers_has_not_of_a_family_is_one_line(file, loras, tmp_path):
+    """PixArt has neither."""
+    tiny_families.pixart().save_pretrained(tmp_path / "pixart")
+    options = {"device": "cpu", "dtype": "float32"}
+    with pytest.raises(InputError, match=r"whole.safetensors: diffusers reads no PixArtSigmaPipeline from one file"):
+        mem.load(file, config=tmp_path / "pixart", **options)
+    with pytest.raises(InputError, match=r"PixArtSigmaPipeline: takes no LoRA"):
+        mem.load(tmp_path / "pixart", adapters=[(loras[0], 1.0)], **options)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"not a checkpoint"])
 def test_a_file_that_is_none_is_refused(tmp_path, content, configs):
     (tmp_path / "broken.safetensors").write_bytes(content)

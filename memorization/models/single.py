@@ -91,13 +91,16 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
     """A pipeline of diffusers from one file; what the file has not comes from the folder of configs.
 
     Raises:
-        InputError: the configs are of no pipeline that makes pictures of text, or do not belong to the file.
+        InputError: the configs are of no pipeline that makes pictures of text or that diffusers reads from one file, or
+            do not belong to the file.
     """
     index = read_index(folder)
     name = index["_class_name"]
     if name != OURS and not is_other(name):
         raise InputError(f"{folder}: a {name} makes no pictures of text")
     cls = getattr(diffusers, name)
+    if not hasattr(cls, "from_single_file"):
+        raise InputError(f"{path}: diffusers reads no {name} from one file; give its folder in diffusers format")
     known = inspect.signature(cls.__init__).parameters
     with safe_open(path, "pt") as file:
         held = set(file.keys())
