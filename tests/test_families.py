@@ -461,6 +461,18 @@ def test_the_command_scores_a_folder(folders, name, tmp_path, capsys):
         detect_command([*common, "--detectors", "two_guidances", "--out", str(tmp_path / "other")])
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--explain"], "tokens cannot be explained: needs one text encoder"),
+    (["--localise", "bright_ending"], "bright_ending: needs a UNet's cross-attention"),
+])  # fmt: skip
+def test_what_would_fail_after_the_list_fails_before_it(folders, tmp_path, flags, said):
+    (tmp_path / "p.txt").write_text("a red kite\n")
+    with pytest.raises(InputError, match=said):
+        detect_command(["--model", str(folders("sd3")), "--prompts", str(tmp_path / "p.txt"), "--dtype", "float32",
+                        "--detectors", "noise_norm", *flags, "--out", str(tmp_path / "run")])  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_hub_id_is_scored_without_its_autoencoder(folders, tmp_path, monkeypatch):
     """Which is not downloaded then."""
     asked = {}
