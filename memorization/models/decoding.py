@@ -60,7 +60,7 @@ def _shift(vae: AutoencoderKL) -> float:
 def decode_pixels(pipe: TextToImage, latents: Tensor, at_once: int = 8) -> Tensor:
     """Pictures ``(rows, 3, h, w)`` about in [-1, 1], of scaled latents ``(rows, c, h, w)``; differentiable."""
     vae = precise(pipe.vae)
-    chunks = (latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype).split(at_once)
+    chunks = (latents / vae.config["scaling_factor"] + _shift(vae)).to(vae.dtype).split(at_once)
     return torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
 
 
