@@ -194,6 +194,12 @@ class Traced:
         """What embeddings are to a pipeline's ``__call__``, by the names of its arguments."""
         return {"prompt_embeds": embeds}
 
+    def given(self, embeds: Tensor | None, latents: Tensor | None) -> dict[str, Tensor]:
+        """What a pipeline's ``__call__`` takes instead of a prompt and its own start noise, by the names of its
+        arguments; nothing for what is None."""
+        found = {} if embeds is None else self.parts(embeds)
+        return found if latents is None else {**found, "latents": latents}
+
     def free(self, embeds: Tensor) -> Tensor:
         """Which numbers of embeddings may be changed, ones and zeros, ``(1, ...)``."""
         return torch.ones_like(embeds[:1])

@@ -101,7 +101,7 @@ def main() -> None:
     except ImportError as error:
         raise InputError(f"{error.name}: not installed; pip install fastapi uvicorn httpx") from None
     model = mem.load(args.model, device=args.device, dtype=args.dtype)
-    pipe, options = model.pipe, {"num_inference_steps": args.steps, "guidance_scale": model.spec.guidance_scale}
+    pipe, options = model.pipe, {"num_inference_steps": args.steps, "guidance_scale": model.spec.scale}
     known = args.threshold if Path(args.threshold).is_file() else value_of(NotNegative, args.threshold, "--threshold")
     rows = []
     for name in ("plain", "guarded"):

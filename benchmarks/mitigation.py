@@ -56,7 +56,7 @@ def main() -> None:
     prompts = chosen["prompt"].tolist()
     methods = {name: configured_mitigation(name, {}, spec) for name in args.methods.split(",")}
     case = Cases(
-        pipe, pipe.pure_noise(4, 51), args.steps, spec.guidance_scale, 51, default_batch_size(pipe),
+        pipe, pipe.pure_noise(4, 51), args.steps, spec.scale, 51, default_batch_size(pipe),
         scoring_detectors(methods.values(), spec, calibration), calibration.levels,
     )(prompts)  # fmt: skip
 

@@ -35,7 +35,7 @@ def page(pipe, threshold, **options) -> gr.Blocks:
 def main(name: str = "testbed-eps", threshold: str = "1.0") -> None:
     model = mem.load(name)
     known = float(threshold) if threshold.replace(".", "", 1).isdigit() else threshold
-    page(model.pipe, known, num_inference_steps=50, guidance_scale=model.spec.guidance_scale).launch()
+    page(model.pipe, known, num_inference_steps=50, guidance_scale=model.spec.scale).launch()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main(name: str = "testbed-eps", threshold: str = "1.0") -> None:
     model = mem.load(name)
     known = float(threshold) if threshold.replace(".", "", 1).isdigit() else threshold
     guard = protect(model.pipe, known, action=("reseed", "refuse"))
-    uvicorn.run(server(model.pipe, guard, num_inference_steps=50, guidance_scale=model.spec.guidance_scale))
+    uvicorn.run(server(model.pipe, guard, num_inference_steps=50, guidance_scale=model.spec.scale))
 
 
 if __name__ == "__main__":

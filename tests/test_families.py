@@ -1,6 +1,9 @@
 """Models of every family, on tiny pipelines of random weights: conversions, replayed calls, detectors, mitigations."""
 
+import copy
 import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import family_table
@@ -8,7 +11,7 @@ import pandas as pd
 import pytest
 import tiny_families
 import torch
-from conftest import load_tiny
+from conftest import GOLDEN, load_tiny
 from diffusers import EDMEulerScheduler
 
 import memorization as mem
@@ -21,14 +24,19 @@ from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
 from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
+from memorization.mitigations.case import Remedy
 from memorization.models.base import check_able, split_able, unit_of
+from memorization.models.decoding import decode_pixels, encode_pixels
 from memorization.models.families.guessed import Guessed
+from memorization.models.families.sdxl import StableDiffusionXL
 from memorization.models.generation import generate
-from memorization.models.loading import load_model
+from memorization.models.loading import load_model, revision_of
 from memorization.models.pipelines import replayed
-from memorization.models.replay import check_step, first_call
+from memorization.models.replay import _divisor, check_step, first_call
+from memorization.models.spec import find_model
 from memorization.paths import ROOT
 from memorization.runs.cases import Cases
+from memorization.runs.outcome import Outcome
 from memorization.runs.sampling import sample
 from memorization.runs.scorer import Scorer
 
@@ -117,7 +125,9 @@ def test_it_answers_the_contract(model):
     assert len(embeds) == 3 and noise.shape[0] == 3
     assert torch.equal(model.pure_noise(2, 7), noise[:2])
     assert torch.equal(embeds[1:2], model.embed(["  "]))
-    assert torch.equal(model.free(embeds), model.free(embeds[:1]))
+    masks = [part[0] for part in model.parts(embeds).values() if not part.is_floating_point()]
+    assert len(masks) == (model.family.name == "pixart") and model.free(embeds).shape == embeds[:1].shape
+    assert model.free(embeds).sum() == embeds[0].numel() - sum(mask.numel() for mask in masks)
     grid = model.detection_timesteps(5)
     assert len(grid) == 5 and grid == sorted(grid, reverse=True)
     alpha, sigma = model.noise_scales(grid[1])
@@ -133,8 +143,8 @@ def test_scores_do_not_depend_on_the_batch_size(model):
         alone = model.trace(model.embed(PROMPTS[2:]), noise[:1], [t])[t]
         again = model.trace(embeds, noise, [t], batch_size=6)[t]
     assert torch.equal(large.cond, again.cond)
-    assert torch.allclose(large.norm, small.norm, rtol=1e-3, atol=1e-5)
-    assert torch.allclose(alone.norm[0, 0], large.norm[2, 0], rtol=1e-3)
+    assert torch.allclose(large.norm, small.norm, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(alone.norm[0, 0], large.norm[2, 0], rtol=1e-5, atol=1e-5)
     assert (large.norm[1] == 0).all() and (large.norm[[0, 2]] > 0).all()
 
 
@@ -166,8 +176,10 @@ def test_a_step_is_that_of_the_pipelines_own_sampler(model):
     if model.family.name == "pixart":  # its sampler is of another kind; the first step of DDIM's is compared
         from diffusers import DDIMScheduler
 
-        config = {**model.scheduler.config, "clip_sample": False}
-        model.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="leading", steps_offset=1)
+        pipe = tiny_families.pixart()
+        config = {**pipe.scheduler.config, "clip_sample": False}
+        pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="leading", steps_offset=1)
+        model = replayed(pipe, "pixart")
     expected = first_step(model, PROMPTS[0], 3.0)
     with torch.no_grad():
         steps = generate(model, model.embed(PROMPTS[:1]), model.embed([""]), model.pure_noise(1, 3), steps=5,
@@ -209,10 +221,40 @@ def test_thresholds_of_the_guard_are_made_of_any_family_that_it_watches(folders,
 
 def test_zeros_stand_for_no_prompt_where_the_pipeline_says_so():
     model = replayed(tiny_families.sdxl(), "sdxl")
-    assert (model.embed([""]) == 0).all()
+    assert (model.embed([""]) == 0).all() and model.contrast == "zeros"
     model.pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    other = replayed(model.pipe, "sdxl").embed([""])
-    assert (other != 0).any()
+    other = replayed(model.pipe, "sdxl")
+    assert (other.embed([""]) != 0).any() and other.contrast == "the empty prompt"
+
+
+def test_what_stands_for_no_prompt_is_part_of_the_revision(folders, tmp_path):
+    shutil.copytree(folders("sdxl"), tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+
+    def revision(**change):
+        (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, **change}))
+        pipe = load_model(str(tmp_path / "other"), device="cpu", dtype="float32", any_family=True).pipe
+        return revision_of(pipe, pictures=True)
+
+    same, other = revision(_diffusers_version="0.1"), revision(force_zeros_for_empty_prompt=False)
+    assert {key for key in same | other if same.get(key) != other.get(key)} == {"settings"}
+    assert revision() == same
+
+
+def test_an_autoencoder_that_float16_breaks_works_in_float32():
+    vae = tiny_families.autoencoder(force_upcast=True)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 2e5  # float16 ends at 65504
+        vae.decoder.conv_in.bias *= 2e5
+        vae.encoder.conv_in.weight *= 2e5
+    half, latents = copy.deepcopy(vae).half(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    vae.load_state_dict({key: one.half().float() for key, one in vae.state_dict().items()})
+    pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        decoded, expected = (decode_pixels(SimpleNamespace(vae=one), latents) for one in (half, vae))
+        encoded = [encode_pixels(one, pictures) for one in (half, vae)]
+    assert decoded.isfinite().all() and torch.equal(decoded, expected) and torch.equal(*encoded)
+    assert half.dtype == torch.float16
 
 
 def test_masks_are_no_numbers_that_may_be_changed():
@@ -270,6 +312,27 @@ def test_what_cannot_be_read_is_said_in_one_line():
         replayed(pipe, "chroma")
 
 
+@pytest.mark.parametrize(("given", "divisor"), [
+    (torch.tensor([999.0], dtype=torch.bfloat16), 1), (torch.tensor([0.999], dtype=torch.bfloat16), 1000),
+    (torch.tensor(999), 1), (torch.tensor([0.0999]), 10000),
+])  # fmt: skip
+def test_the_unit_of_time_is_read_though_it_was_rounded(given, divisor):
+    scheduler = SimpleNamespace(timesteps=torch.tensor([999.0]), config=SimpleNamespace(num_train_timesteps=1000))
+    assert _divisor(SimpleNamespace(scheduler=scheduler), given) == pytest.approx(divisor, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0.0, float("nan"), -1.0])
+def test_time_that_runs_the_other_way_is_one_line(first):
+    pipe = tiny_families.chroma()
+    forward = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "timestep": torch.full_like(kwargs["timestep"], first)}),
+        with_kwargs=True,
+    )
+    with pytest.raises(InputError, match=r"ChromaPipeline: gives its denoiser .* no share of it, as 1 - s"):
+        replayed(pipe, "chroma")
+    forward.remove()
+
+
 # ---------------------------------------------------------------- what it cannot do
 def test_what_a_family_cannot_do_is_said_in_one_line():
     model = replayed(tiny_families.sd3(), "sd3")
@@ -301,6 +364,33 @@ def test_two_guidances_is_the_difference_of_clean_latents():
 
 
 # ---------------------------------------------------------------- the whole way
+def test_what_is_saved_of_a_remedy_is_what_the_pipeline_takes(model):
+    case = case_of(model)
+    embeds = case.embeds * (1 + 0.5 * model.free(case.embeds))
+    remedy = Remedy.unchanged(case, embeds=embeds, latents=case.noise[None] * 0.5)
+    found = Outcome(remedy, None, None, 0.0).changed(case, 0)
+    assert set(found) == {*model.family.embeddings, "latents"}
+    seen = []
+
+    def stop(module, args, kwargs):
+        seen.append(model.family.named(args, kwargs))
+        raise StopIteration
+
+    hook = model.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(StopIteration):
+        model.pipe(**found, **model.family.unguided, num_inference_steps=2, output_type="latent")
+    hook.remove()
+    latents = model.family.unpack(model.pipe, seen[0][model.family.latents], seen[0])
+    assert torch.allclose(latents, remedy.latents[0], atol=1e-5)
+    assert torch.allclose(model._row_of(model.family.condition(seen[0])), embeds, atol=1e-5)
+
+
+def test_of_a_pipeline_without_a_file_nothing_is_saved():
+    model = replayed(tiny_families.chroma(), "chroma")
+    embeds, noise = model.embed(PROMPTS[:1]), model.pure_noise(1, 0)
+    assert model.given(embeds, noise) == {} and list(load_tiny("tiny-eps").given(None, noise)) == ["latents"]
+
+
 def test_every_detector_that_is_able_gives_finite_values(model):
     made = make_detectors(["all"], {"p_laplace": {"points": 2}, "flipd": {"probes": 1}})
     detectors, _ = split_able(model, made)
@@ -318,15 +408,28 @@ def case_of(model):
 @pytest.mark.parametrize("name", ["noise_norm", "anisotropy", "second_look", "sail", "reanchor"])
 def test_descents_lower_their_score(model, name):
     case = case_of(model)
-    mitigation = MITIGATIONS.make(name, {"target": -1e9, "iterations": 3})
+    mitigation = MITIGATIONS.make(name, {"target": -1e9, "iterations": 3, **({"alpha": 0} if name == "sail" else {})})
     before = case.score(mitigation.lowers, case.embeds).item()
     remedy = mitigation(case)
     if name == "sail":
-        assert not torch.equal(remedy.latents[0], case.noise)
+        after = replace(case, noise=remedy.latents[0]).score("noise_norm", case.embeds).item()
+        assert after < before
         return
     assert case.score(mitigation.lowers, remedy.embeds).item() < before
     fixed = model.free(case.embeds) == 0
     assert torch.equal(remedy.embeds[:, fixed[0]], case.embeds[:, fixed[0]])
+
+
+def test_the_size_of_a_flows_start_weighs_as_elsewhere():
+    """D of a flow is over sqrt(d): with the whole size beside it, the prompt's pull would hardly count."""
+    case = case_of(replayed(tiny_families.sd3(), "sd3"))
+    root = case.noise[0].numel() ** 0.5
+    case = replace(case, noise=case.noise * (root + 1) / case.noise.norm())  # its size is 1 over the usual one
+    pull = case.score("noise_norm", case.embeds).item()
+    settings = {"target": 2 * pull, "alpha": 4 * pull, "iterations": 5}  # that 1, over sqrt(d), is well below the bound
+    assert MITIGATIONS.make("sail", settings)(case).iterations == [0]
+    falls = MITIGATIONS.make("sail", {"target": -1e9, "iterations": 8})(case)
+    assert replace(case, noise=falls.latents[0]).score("noise_norm", case.embeds).item() < pull
 
 
 @pytest.mark.parametrize(
@@ -357,9 +460,49 @@ def test_the_command_scores_a_folder(folders, name, tmp_path, capsys):
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     network = "unet" if name == "sdxl" else "transformer"
     assert {network, "text_encoder", "text_encoder_2", "tokenizer_2", "scheduler"} <= set(settings["revision"])
-    assert settings["contrast"] == "the empty prompt"
+    assert settings["contrast"] == ("zeros" if name == "sdxl" else "the empty prompt")
     with pytest.raises(InputError, match="two_guidances: needs a guidance scale"):
         detect_command([*common, "--detectors", "two_guidances", "--out", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--explain"], "tokens cannot be explained: needs one text encoder"),
+    (["--localise", "bright_ending"], "bright_ending: needs a UNet's cross-attention"),
+])  # fmt: skip
+def test_what_would_fail_after_the_list_fails_before_it(folders, tmp_path, flags, said):
+    (tmp_path / "p.txt").write_text("a red kite\n")
+    with pytest.raises(InputError, match=said):
+        detect_command(["--model", str(folders("sd3")), "--prompts", str(tmp_path / "p.txt"), "--dtype", "float32",
+                        "--detectors", "noise_norm", *flags, "--out", str(tmp_path / "run")])  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_id_is_scored_without_its_autoencoder(folders, tmp_path, monkeypatch):
+    """Which is not downloaded then."""
+    asked = {}
+
+    def download(identifier, **options):
+        asked.update({identifier: options})
+        unused = [part for part, one in options.items() if one is None]
+        return shutil.copytree(folders("sd3"), tmp_path / "hub", ignore=shutil.ignore_patterns(*unused))
+
+    monkeypatch.setattr("memorization.models.loading.DiffusionPipeline.download", download)
+    (tmp_path / "p.txt").write_text("a red kite\n")
+    for model, out in (("org/sd3", "hub-run"), (str(folders("sd3")), "folder-run")):
+        detect_command(["--model", model, "--prompts", str(tmp_path / "p.txt"), "--detectors", "noise_norm",
+                        "--dtype", "float32", "--out", str(tmp_path / out)])  # fmt: skip
+    assert asked["org/sd3"]["vae"] is None and not (tmp_path / "hub" / "vae").exists()
+    runs = [(tmp_path / out / "scores.jsonl").read_text() for out in ("hub-run", "folder-run")]
+    assert runs[0] == runs[1]
+
+
+def test_the_size_of_pictures_is_the_same_without_an_autoencoder(folders):
+    """It is part of SDXL's condition."""
+    options = {"device": "cpu", "dtype": "float32", "any_family": True}
+    bare, whole = (load_model(str(folders("sdxl")), pictures=pictures, **options).pipe for pictures in (False, True))
+    assert bare.vae is None and whole.vae is not None
+    times = [model._call["added_cond_kwargs"]["time_ids"] for model in (bare, whole)]
+    assert torch.equal(*times)
 
 
 def test_python_takes_a_folder(folders):
@@ -367,6 +510,35 @@ def test_python_takes_a_folder(folders):
     frame = mem.score(model, PROMPTS, detectors=["noise_norm"], steps=5)
     assert model.spec.guidance_scale == 5.0  # the pipeline's own
     assert frame["noise_norm"][1] == [0.0] and frame["noise_norm"][0][0] > 0
+
+
+def test_a_model_is_guided_as_its_pipeline_guides_it():
+    scales = {name: replayed(getattr(tiny_families, name)(), name).guidance_scale for name in (*FAMILIES, "chroma")}
+    assert scales == {"sdxl": 5.0, "sd3": 7.0, "pixart": 4.5, "flux": 1.0, "chroma": 5.0}
+    schnell = replayed(tiny_families.flux(guided=False), "schnell")
+    assert "guidance" not in schnell.can and schnell.guidance_scale == 1.0
+    for default in (None, 4):
+
+        def call(self, prompt=None, guidance_scale=default):
+            raise NotImplementedError
+
+        pipe = type("Own", (), {"__call__": call})()
+        assert StableDiffusionXL().guidance_scale(pipe) == float(default or 1)
+    assert StableDiffusionXL().guidance_scale(type("Own", (), {"__call__": lambda self: None})()) == 1
+
+
+def test_a_yaml_that_names_no_scale_leaves_it_to_the_pipeline(folders, tmp_path):
+    found = {}
+    for text in ("", "guidance_scale: 2.5\n"):
+        (tmp_path / "mine.yaml").write_text(f"ids: [{folders('sd3')}]\n{text}")
+        found[text] = mem.load(tmp_path / "mine.yaml", device="cpu", dtype="float32").spec.scale
+    assert list(found.values()) == [7.0, 2.5]
+    assert mem.load(GOLDEN / "tiny-eps", device="cpu", dtype="float32").spec.scale == find_model("sd14").scale == 7.5
+
+
+def test_a_scale_that_goes_in_with_the_time_is_refused():
+    with pytest.raises(InputError, match=r"StableDiffusionXLPipeline: its unet is given .*time_cond_proj_dim"):
+        replayed(tiny_families.sdxl(time_cond_proj_dim=8), "lcm")
 
 
 def test_what_is_for_stable_diffusion_alone_says_so(folders):

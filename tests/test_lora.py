@@ -52,6 +52,19 @@ def test_an_adapter_is_its_layers_added_and_leaves_no_trace(pipe, file):
     assert torch.allclose(with_it, predicted(merged(read_layers(file))), atol=1e-5) and not torch.equal(with_it, before)
 
 
+def test_dropout_is_for_training(pipe, file, tmp_path):
+    tensors = load_file(file)
+    (rank,) = {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key}
+    targets = sorted({key.removeprefix("unet.").partition(".lora_")[0] for key in tensors})
+    noted = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.5, "target_modules": targets}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in noted.items()})}
+    save_file(tensors, tmp_path / "dropout.safetensors", metadata=metadata)
+    with wearing(pipe, tmp_path / "dropout.safetensors"):
+        dropouts = [module.p for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+        assert set(dropouts) == {0.5}
+        assert torch.equal(predicted(pipe), predicted(pipe))
+
+
 def test_kohya_and_diffusers_names_mean_the_same(pipe, file, tmp_path):
     tensors = load_file(file)
     kohya = {}

@@ -65,7 +65,7 @@ def test_all_marked_tests_lie_in_one_file():
 
 def test_a_halved_batch_is_no_row_of_a_call_that_it_missed(monkeypatch):
     network = on_cuda.Network("SD 1.4", torch.device("cpu"), on_cuda.SMOKE)
-    network.pipe = SimpleNamespace(unet=torch.nn.Identity())
+    network.pipe = SimpleNamespace(unet=torch.nn.Identity(), to=lambda dtype: network.pipe)
     network.flops, network.fast = 1, lambda *way: None
     for used, how in ((2, "CUDA graph"), (1, "eager"), (1, "CUDA graph")):
         monkeypatch.setattr(on_cuda, "this_tool", lambda *_, used=used: (0.5, used))

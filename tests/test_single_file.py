@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny_families
 import torch
+import yaml
 from audited import layers
 from conftest import GOLDEN, load_tiny
 from safetensors.torch import load_file, save_file
@@ -150,6 +151,38 @@ def test_configs_with_a_pickle_are_refused(file, configs):
         mem.load(file, config=configs, device="cpu")
 
 
+@pytest.mark.parametrize("config", ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
+def test_parts_of_the_folder_are_examined_as_ever(file, configs, config):
+    content = json.loads((configs / config).read_text())
+    (configs / config).write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": "mine.Evil"}}))
+    with pytest.raises(InputError, match=rf"{config}: auto_map names code"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+def test_an_encoder_that_the_file_lacks_is_the_folders_and_whole(file, configs):
+    held = load_file(file)
+    save_file({name: one for name, one in held.items() if not name.startswith("cond_stage_model")}, file)
+    weights = load_file(TINY / "text_encoder" / "model.safetensors")
+    save_file(weights, configs / "text_encoder" / "model.safetensors", {"format": "pt"})
+    model = mem.load(file, config=configs, device="cpu", dtype="float32")
+    assert scores(model) == scores(mem.load(TINY, device="cpu", dtype="float32"))
+    lacking = min(key for key in weights if "final_layer_norm" in key)
+    del weights[lacking]
+    save_file(weights, configs / "text_encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"text_encoder: lacks the weight .*final_layer_norm"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+def test_what_diffusers_has_not_of_a_family_is_one_line(file, loras, tmp_path):
+    """PixArt has neither."""
+    tiny_families.pixart().save_pretrained(tmp_path / "pixart")
+    options = {"device": "cpu", "dtype": "float32"}
+    with pytest.raises(InputError, match=r"whole.safetensors: diffusers reads no PixArtSigmaPipeline from one file"):
+        mem.load(file, config=tmp_path / "pixart", **options)
+    with pytest.raises(InputError, match=r"PixArtSigmaPipeline: takes no LoRA"):
+        mem.load(tmp_path / "pixart", adapters=[(loras[0], 1.0)], **options)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"not a checkpoint"])
 def test_a_file_that_is_none_is_refused(tmp_path, content, configs):
     (tmp_path / "broken.safetensors").write_bytes(content)
@@ -212,6 +245,31 @@ def test_the_command_takes_a_file_and_adapters(file, configs, loras, tmp_path, c
     assert {"file", "lora 1 at 0.5", "lora 2 at 1"} < set(revision)
     with pytest.raises(InputError, match="revision"):
         detect_command([*common, "--lora", f"{loras[0]}:0.6", "--lora", str(loras[1]), "--out", str(tmp_path / "worn")])
+
+
+def test_a_calibration_holds_for_the_adapters_that_it_was_made_with(loras, tmp_path):
+    options = {"device": "cpu", "dtype": "float32"}
+    bare = mem.load(TINY, **options)
+    worn, weaker = (mem.load(TINY, adapters=[(loras[0], scale)], **options) for scale in (0.5, 0.25))
+    levels = dict.fromkeys((0.25, 0.5, 0.75, 0.9, 0.99), 1.0)
+    content = {"model": str(TINY), "num_images": 1, "steps": 50,
+               "detectors": {"noise_norm": {"threshold": 1.0, "levels": levels}}}  # fmt: skip
+    revision = {"revision": revision_of(worn.pipe, pictures=False)}
+    for name, more in (("of-old", {}), ("worn", revision)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**content, **more}))
+
+    def scored(model, calibration):
+        return mem.score(model, PROMPTS[:1], detectors=["noise_norm"], calibration=tmp_path / f"{calibration}.yaml")
+
+    assert len(scored(bare, "of-old")) == len(scored(worn, "worn")) == 1
+    for model, calibration, said in (
+        (bare, "worn", "was made with lora 1 at 0.5"), (worn, "of-old", "was made without lora 1 at 0.5"),
+        (weaker, "worn", "was made without lora 1 at 0.25"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            scored(model, calibration)
+    with pytest.raises(InputError, match=r"was made without lora 1 at 0.5"):
+        mem.mitigate(worn, PROMPTS, "noise_norm", calibration=tmp_path / "of-old.yaml", noises=1)
 
 
 def test_a_scale_is_told_from_a_path():

@@ -69,7 +69,8 @@ def autoencoder(**options) -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(**options) -> StableDiffusionXLPipeline:
+    """``options``: of the UNet."""
     torch.manual_seed(0)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -77,7 +78,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         cross_attention_dim=2 * WIDTH,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + WIDTH, **options,
     ).eval()  # fmt: skip
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
@@ -127,12 +128,13 @@ def pixart() -> PixArtSigmaPipeline:
     return pipe
 
 
-def flux() -> FluxPipeline:
+def flux(guided: bool = True) -> FluxPipeline:
+    """dev, or ``guided=False`` schnell."""
     torch.manual_seed(0)
     words = tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guided, axes_dims_rope=(4, 4, 8),
     ).eval()  # fmt: skip
     for block in transformer.transformer_blocks:
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.5)

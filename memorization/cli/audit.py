@@ -70,7 +70,7 @@ def main(arguments: Arguments = None) -> None:
     adapters = [] if args.watch else find_adapters(args.adapter)
     own = tuple(read_prompts(args.prompts)["prompt"]) if args.prompts else ()
     model = load_model(args.base, device=args.device, dtype=args.dtype)
-    scale = model.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    scale = model.spec.scale if args.guidance_scale is None else args.guidance_scale
     size = default_batch_size(model.pipe) if args.batch_size == "auto" else args.batch_size
     asked = Asked(args.trigger, own, args.paraphrases, args.fpr, args.measure, args.sscd, args.clip)
     prepared = prepare(model, args.training, Plan(args.noises, args.seed, args.steps, scale, size), asked)

@@ -57,7 +57,7 @@ def main(arguments: Arguments = None) -> None:
     pipe = pipeline_of(model)
     if args.scheduler:
         with_scheduler(pipe, args.scheduler)
-    scale = model.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    scale = model.spec.scale if args.guidance_scale is None else args.guidance_scale
     found = calibrate(
         pipe, prompts, families=families, fpr=args.fpr, steps=args.read,
         generator=torch.Generator().manual_seed(args.seed), batch_size=args.batch_size,

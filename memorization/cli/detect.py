@@ -99,12 +99,15 @@ def main(arguments: Arguments = None) -> None:
     # Imports that take seconds come after the arguments are known to be good.
     from memorization.evaluation.calibration import Calibration, read_calibration
     from memorization.io.prompts import read_lists, sample
+    from memorization.models.base import check_able
     from memorization.models.loading import load_model
     from memorization.models.spec import find_model
     from memorization.paths import default_out
     from memorization.runs.costs import write_costs
     from memorization.runs.detect import Scoring, able_detectors, configured_detectors, deciding, detect, notes_on
+    from memorization.runs.explain import check_explainable
     from memorization.runs.pictures import check_needs, read_pictures
+    from memorization.runs.scorer import check_precision
 
     spec = find_model(args.model)
     calibration = read_calibration(Path(args.calibration)) if args.calibration else Calibration()
@@ -123,6 +126,10 @@ def main(arguments: Arguments = None) -> None:
         listed = sample(listed, args.sample) if args.sample else listed
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps),
                        any_family=True, config=args.config, adapters=args.lora)  # fmt: skip
+    check_able(model.pipe, args.maps)  # said before a list is scored, which may take days
+    check_precision(model.pipe, args.maps)
+    if args.explain:
+        check_explainable(model.pipe)
     detectors, left_out = able_detectors(model.pipe, detectors, args.detectors)
     if left_out:
         print(f"left out: {'; '.join(left_out)}", file=sys.stderr)

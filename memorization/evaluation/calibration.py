@@ -16,6 +16,7 @@ from memorization.evaluation.bands import ROUNDS, Bands
 from memorization.io.files import read_file
 from memorization.settings import Count, Steps, make
 
+ADAPTER = "lora "  # what an adapter's name in a revision begins with
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.99)  # shares of the prompts that are not memorized; mitigations aim at them
 
 
@@ -46,6 +47,7 @@ class CalibrationFile:
     steps: Steps
     detectors: dict[str, dict]
     run: str = ""
+    revision: dict[str, str] = field(default_factory=dict)
     target_fpr: float | None = None
     negatives: int = 0
     positives: int = 0
@@ -58,11 +60,13 @@ class Calibration:
     Attributes:
         detectors: by name.
         holds_for: the model, number of noises (``num_images``) and grid (``steps``) that it holds for.
+        revision: sha256 of the parts and adapters of that model; empty in files of old, which are of no adapters.
     """
 
     path: Path | None = None
     detectors: dict[str, CalibratedDetector] = field(default_factory=dict)
     holds_for: dict = field(default_factory=dict)
+    revision: dict[str, str] = field(default_factory=dict)
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -105,6 +109,24 @@ class Calibration:
             if known != value:
                 raise InputError(f"{self.path} is for {key} = {known}, not {value}")
 
+    def check_revision(self, revision: Mapping[str, str]) -> None:
+        """See that it was made of this model: of the parts that both know, and of the same adapters at the same scales.
+
+        Args:
+            revision: of the model as it is loaded, by part.
+
+        Raises:
+            InputError: it was made of another one; names the part.
+        """
+        if not self.path:
+            return
+        for part in sorted(self.revision.keys() | revision.keys()):
+            known, found = self.revision.get(part), revision.get(part)
+            if known != found and (part.startswith(ADAPTER) or (known and found)):
+                why = "of another" if known and found else "with" if known else "without"
+                raise InputError(f"{self.path}: was made {why} {part}; make a calibration of this model, adapters and "
+                                 "all: detect_mem.py, then detect_eval.py --calibrate")  # fmt: skip
+
 
 def levels_of(scores: np.ndarray) -> dict[float, float]:
     """Share of the prompts that are not memorized -> the score below which it lies, from their ``scores (n,)``."""
@@ -140,4 +162,5 @@ def calibration_of(content: Mapping[str, Any], path: Path) -> Calibration:
                 raise InputError(f"{path}: {name}: {setting} = {value} is not finite")
         if one.bands and (set(one.bands) != set(ROUNDS[:-1]) or any(len(band) != 2 for band in one.bands.values())):
             raise InputError(f"{path}: {name}: bands are (low, high) for {', '.join(map(str, ROUNDS[:-1]))} noises")
-    return Calibration(path, detectors, {key: getattr(file, key) for key in ("model", "num_images", "steps")})
+    holds_for = {key: getattr(file, key) for key in ("model", "num_images", "steps")}
+    return Calibration(path, detectors, holds_for, file.revision)

@@ -8,8 +8,8 @@ ICML 2025, section 5: Adam on x_T (0.05; at most 10 steps there, 20 here) with
 accepted at a bound. Deviations from the public code: u is computed at the latents of every step, not at those of before
 the first; every noise is optimised once, so no two pictures come from one latent; the bound is a level of || d || among
 prompts that are not memorized plus alpha times the usual size of x_T, sqrt(its dimension), and it does not grow. That
-level is of means over the noises, while every noise is held to it by itself. Of a flow || d || is noise_norm.py's D and
-u lies along the difference of velocities.
+level is of means over the noises, while every noise is held to it by itself. Of a flow || d || is noise_norm.py's D,
+which is over sqrt(d), and so is || x_T ||; u lies along the difference of velocities.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Sail(Mitigation):
         empty = case.pipe.embed([""]).float()
         t = case.grid[0]
         start = case.noise.repeat(len(case.prompts), 1, 1, 1)
-        bound = self.bound(case.levels) + self.alpha * start[0].numel() ** 0.5
-
-        unit = unit_of(case.pipe, t)
+        unit, root = unit_of(case.pipe, t), start[0].numel() ** 0.5
+        alpha = self.alpha / root if unit.kind == "flow" else self.alpha
+        bound = self.bound(case.levels) + alpha * root
 
         def predicted(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             pairs = torch.cat([empty.expand_as(embeds[rows]), embeds[rows]])
@@ -68,7 +68,7 @@ class Sail(Mitigation):
                 uncond, cond = predicted(x, rows)
                 d = cond - uncond
                 u = d / d.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-            return unit.norm(*predicted(x + u, rows)) + self.alpha * x.flatten(1).norm(dim=1)
+            return unit.norm(*predicted(x + u, rows)) + alpha * x.flatten(1).norm(dim=1)
 
         parts = []
         for rows in torch.arange(len(start), device=start.device).split(max(1, case.batch_size // 2)):

@@ -68,6 +68,11 @@ class TextToImage(Protocol):
         """What embeddings are to the ``__call__`` of the pipeline, by the names of its arguments."""
         ...
 
+    def given(self, embeds: Tensor | None, latents: Tensor | None) -> dict[str, Tensor]:
+        """What the pipeline's ``__call__`` takes instead of a prompt and its own start noise ``(n, c, h, w)``; nothing
+        for what is None, or where it is not known."""
+        ...
+
     def free(self, embeds: Tensor) -> Tensor:
         """Which numbers of embeddings may be changed, ones and zeros, ``(1, ...)``."""
         ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,9 +16,24 @@ from memorization.io.pictures import read_picture, to_bytes, to_tensor
 from memorization.models.base import TextToImage
 from memorization.models.finite import check_finite
 
+_PRECISE: WeakKeyDictionary[AutoencoderKL, AutoencoderKL] = WeakKeyDictionary()
+
+
+def precise(vae: AutoencoderKL) -> AutoencoderKL:
+    """The autoencoder in a number format that holds its values: float32 where it says that float16 does not, as SDXL's.
+
+    A copy, since the pipeline itself looks at what format its own is in; it is made once.
+    """
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast"):
+        return vae
+    if vae not in _PRECISE or _PRECISE[vae].device != vae.device:
+        _PRECISE[vae] = copy.deepcopy(vae).float()
+    return _PRECISE[vae]
+
 
 def encode_pixels(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Scaled latents, float32, of pictures ``(n, 3, h, w)`` in [-1, 1]: the posterior's mean; differentiable."""
+    vae = precise(vae)
     pixels = pictures.to(vae.device, vae.dtype)
     return (vae.encode(pixels).latent_dist.mean.float() - _shift(vae)) * vae.config["scaling_factor"]
 
@@ -42,8 +59,9 @@ def _shift(vae: AutoencoderKL) -> float:
 
 def decode_pixels(pipe: TextToImage, latents: Tensor, at_once: int = 8) -> Tensor:
     """Pictures ``(rows, 3, h, w)`` about in [-1, 1], of scaled latents ``(rows, c, h, w)``; differentiable."""
-    chunks = (latents / pipe.vae.config.scaling_factor + _shift(pipe.vae)).to(pipe.vae.dtype).split(at_once)
-    return torch.cat([pipe.vae.decode(chunk).sample.float() for chunk in chunks])
+    vae = precise(pipe.vae)
+    chunks = (latents / vae.config["scaling_factor"] + _shift(vae)).to(vae.dtype).split(at_once)
+    return torch.cat([vae.decode(chunk).sample.float() for chunk in chunks])
 
 
 def decode(pipe: TextToImage, latents: Tensor, names: Sequence[str] = (), at_once: int = 8) -> Iterator[np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ def read_index(folder: Path) -> dict:
     if not isinstance(index.get("_class_name"), str):
         raise InputError(f"{path}: _class_name = {index.get('_class_name')} names no class of diffusers")
     return index
+
+
+def digest_of_settings(index: dict) -> str:
+    """The sha256 of what an index says beside parts, such as what stands for no prompt; not of who wrote it."""
+    said = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+    return f"sha256:{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}"
 
 
 def check_named(folder: Path, index: dict, part: str, classes: Collection[str]) -> None:

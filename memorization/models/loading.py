@@ -28,7 +28,7 @@ from memorization.models.checkpoint import (
 )
 from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
-from memorization.models.index import check_named, load_scheduler, read_index
+from memorization.models.index import check_named, digest_of_settings, load_scheduler, read_index
 from memorization.models.lora import put_on
 from memorization.models.pipelines import UNUSED, is_other, load_other, replayed
 from memorization.models.single import configs_for, load_single, single_file
@@ -81,7 +81,8 @@ def load_model(
     if config and not file:
         raise InputError(f"--config {config}: goes with a model that is one file")
     folder = configs_for(file, config or spec.config) if file else find_checkpoint(spec, pictures)
-    named = read_index(folder)["_class_name"]
+    index = read_index(folder)
+    named = index["_class_name"]
     other = is_other(named)
     if other and not any_family:
         raise InputError(f"{folder}: a {named}; this command is for Stable Diffusion 1 and 2 alone")
@@ -89,13 +90,14 @@ def load_model(
         whole = load_single(file, folder, DTYPES[dtype])
         pipe = whole if other else as_ours(whole, folder)
     else:
-        pipe = load_other(folder, DTYPES[dtype]) if other else load_parts(folder, dtype, pictures=pictures)
+        pipe = (load_other if other else load_parts)(folder, dtype, pictures=pictures)
     put_on(pipe, adapters)
     ready(pipe, folder, dtype, place)
     made = replayed(pipe, folder) if other else pipe
     made.files = {"file": sha256_of(file)} if file else {}
+    made.files |= {"settings": digest_of_settings(index)} if other else {}
     made.files |= {f"lora {i} at {scale:g}": sha256_of(path) for i, (path, scale) in enumerate(adapters, 1)}
-    if other and spec.ids == (name,):  # of a folder or hub id nothing is known; its pipeline says how it is guided
+    if other and spec.guidance_scale is None:  # nothing else is known: its pipeline says how it is guided
         spec = replace(spec, guidance_scale=made.guidance_scale)
     return Model(name, spec, made, dtype)
 

@@ -111,6 +111,8 @@ def _load(pipe: Any, path: Path, name: str) -> None:
         said = in_short(error).partition(" size mismatch")[0]
         raise InputError(f"{path}: is no adapter of this base; it was made for another one? ({said})") from None
     _check_layers(pipe, layers[0] if isinstance(layers, tuple) else layers, path, name)
+    for network in _networks(pipe):
+        network.eval()  # its layers come as for training, with the dropout that the file notes
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from memorization.errors import InputError
 from memorization.models.checkpoint import in_short, load_network, load_tokenizer, read_config
 from memorization.models.consistency import check_autoencoder
+from memorization.models.devices import DTYPES
 from memorization.models.families.base import family_of
 from memorization.models.families.guessed import Guessed
 from memorization.models.index import load_scheduler, read_index
@@ -35,8 +36,11 @@ def is_other(name: str) -> bool:
     return name != OURS and name in {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
 
 
-def load_other(folder: Path, dtype: torch.dtype) -> Any:
+def load_other(folder: Path, dtype: str, *, pictures: bool = True) -> Any:
     """Load a pipeline of any family.
+
+    Args:
+        pictures: load the autoencoder too; scores of prompts do without it.
 
     Raises:
         InputError: a part is missing, damaged, or of no class that is loaded here.
@@ -46,14 +50,18 @@ def load_other(folder: Path, dtype: torch.dtype) -> Any:
     known = inspect.signature(cls.__init__).parameters
     settings = {key: value for key, value in index.items() if key in known and not isinstance(value, list)}
     parts = {
-        part: load_part(folder, part, named, index, dtype)
+        part: None if part == "vae" and not pictures else load_part(folder, part, named, index, DTYPES[dtype])
         for part, named in index.items()
         if part in known and isinstance(named, list)
     }
     try:
-        return cls(**parts, **settings)
+        pipe = cls(**parts, **settings)
     except Exception as error:  # whatever a class of diffusers makes of parts that are not its own
         raise InputError(f"{folder}: no {cls.__name__} can be made of its parts ({in_short(error)})") from None
+    if not pictures and (folder / "vae" / "config.json").is_file():  # else it is what the pipeline's models all have
+        blocks = read_config(folder / "vae" / "config.json").get("block_out_channels")
+        pipe.vae_scale_factor = 2 ** (len(blocks) - 1) if blocks else pipe.vae_scale_factor
+    return pipe
 
 
 def replayed(pipe: Any, where: Path | str) -> Replay:

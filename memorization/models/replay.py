@@ -7,7 +7,7 @@ of ours. What differs between pipelines says a file of memorization/models/famil
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -53,6 +53,23 @@ def first_call(pipe: Any, family: Family, prompts: Sequence[str], **options: Any
     raise InputError(f"{type(pipe).__name__}: its call does not reach {family.part}")
 
 
+def _divisor(pipe: Any, time: Tensor) -> float:
+    """By what the pipeline divides timesteps before its denoiser is given them: nothing, their number, or another.
+
+    Raises:
+        InputError: it gives no share of a timestep, as 1 - s.
+    """
+    first, given = float(pipe.scheduler.timesteps[0]), float(time.flatten()[0])
+    if not (math.isfinite(given) and given > 0):
+        raise InputError(
+            f"{type(pipe).__name__}: gives its denoiser {given:g} at the first timestep, {first:g}: no share of it, as "
+            "1 - s is none; it needs a file of its own (docs/families.md)"
+        )
+    usual = (1.0, float(pipe.scheduler.config.num_train_timesteps))
+    near = [one for one in usual if abs(first / given / one - 1) < 0.01]  # bfloat16 rounds by less than half of that
+    return near[0] if near else first / given
+
+
 class Replay(Traced):
     """A pipeline as a model; see memorization/models/base.py for what it answers to.
 
@@ -62,19 +79,23 @@ class Replay(Traced):
         files: name -> sha256 of further files that it is made of.
 
     Raises:
-        InputError: a cache is enabled on the denoiser, or the pipeline's call cannot be read.
+        InputError: a cache is enabled on the denoiser, it is a latent consistency model's, or the pipeline's call
+            cannot be read.
     """
 
     def __init__(self, pipe: Any, family: Family) -> None:
         self.pipe, self.family, self.denoiser = pipe, family, family.denoiser(pipe)
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise InputError("a cache is enabled on the denoiser: what it returns is then no prediction; disable it")
-        self.contrast = family.contrast
+        if getattr(self.denoiser.config, "time_cond_proj_dim", None):
+            said = "is given a guidance scale with the time (time_cond_proj_dim), as latent consistency models are"
+            raise InputError(f"{type(pipe).__name__}: its {family.part} {said}; that is not supported")
+        self.contrast = family.contrast(pipe)
         self._call = first_call(pipe, family, PAIR)  # whose latents, time and prompts are replaced
         family.read(pipe, self._call)
         self._shapes = [(torch.Size(one.shape[1:]), one.dtype) for one in family.condition(self._call)]
         self._time: Tensor = self._call["timestep"]
-        self._divisor = float(pipe.scheduler.timesteps[0]) / float(self._time.flatten()[0])
+        self._divisor = _divisor(pipe, self._time)
         self._shape = family.unpack(pipe, self._call[family.latents], self._call).shape[1:]
         self._grids: dict[int, list] = {}
         self.shaping = [part for part, one in pipe.components.items() if one is not None]
@@ -123,9 +144,7 @@ class Replay(Traced):
     @property
     def guidance_scale(self) -> float:
         """Of generations, as the pipeline has it by default; 1, no guidance, where the denoiser is given a scale."""
-        if "guidance" in self.can:
-            return 1.0
-        return float(inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default)
+        return self.family.guidance_scale(self.pipe)
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +178,13 @@ class Replay(Traced):
             for one, (shape, dtype) in split
         ]
         return dict(zip(self.family.embeddings, tensors, strict=True))
+
+    def given(self, embeds: Tensor | None, latents: Tensor | None) -> dict[str, Tensor]:
+        """As of every model; latents as the pipeline packs them. Of a pipeline without a family's file nobody knows the
+        arguments: nothing."""
+        if not self.family.pipelines:
+            return {}
+        return super().given(embeds, None if latents is None else self.family.pack(latents))
 
     def free(self, embeds: Tensor) -> Tensor:
         """All but masks."""

@@ -7,21 +7,27 @@ diffusers knows which checkpoint is of the same shape.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.loaders.single_file_utils import (
+    fetch_diffusers_config,
+    is_clip_model_in_single_file,
+    is_t5_in_single_file,
+)
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel, T5EncoderModel
 
 from memorization.errors import InputError
 from memorization.io.files import read_file
 from memorization.models.checkpoint import find_folder, in_short, read_config
 from memorization.models.index import read_index
-from memorization.models.pipelines import OURS, UNUSED, class_of, is_other
+from memorization.models.pipelines import OURS, UNUSED, class_of, is_other, load_part
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 CONFIGS = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")  # of a checkpoint on the hub, without its weights
@@ -85,20 +91,27 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
     """A pipeline of diffusers from one file; what the file has not comes from the folder of configs.
 
     Raises:
-        InputError: the configs are of no pipeline that makes pictures of text, or do not belong to the file.
+        InputError: the configs are of no pipeline that makes pictures of text or that diffusers reads from one file, or
+            do not belong to the file.
     """
     index = read_index(folder)
     name = index["_class_name"]
     if name != OURS and not is_other(name):
         raise InputError(f"{folder}: a {name} makes no pictures of text")
     cls = getattr(diffusers, name)
+    if not hasattr(cls, "from_single_file"):
+        raise InputError(f"{path}: diffusers reads no {name} from one file; give its folder in diffusers format")
     known = inspect.signature(cls.__init__).parameters
+    with safe_open(path, "pt") as file:
+        held = set(file.keys())
+    given: dict[str, Any] = {part: None for part in UNUSED if part in known}
     for part, named in index.items():
-        if part in known and isinstance(named, list) and named != [None, None] and part not in UNUSED:
+        if part in known and part not in given and isinstance(named, list) and named != [None, None]:
             _check_part(folder, part, named)
-    unused = {part: None for part in UNUSED if part in known}
+            if not _is_held(class_of(folder, part, named), held):  # diffusers would fill up what lacks at random
+                given[part] = load_part(folder, part, named, index, dtype)
     try:
-        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=dtype, **unused)
+        pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=dtype, **given)
     except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
         raise InputError(f"{path}: is no {name} by the configs of {folder} ({in_short(error)})") from None
     for part, network in pipe.components.items():
@@ -107,6 +120,13 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
                 raise InputError(f"{path}: lacks the weight {lacking[0]} of the {part} that {folder} describes")
             network.eval().requires_grad_(False)
     return pipe
+
+
+def _is_held(cls: type, names: Collection[str]) -> bool:
+    """Whether a part is read from a file that holds tensors of such names; diffusers goes by the same marks."""
+    if issubclass(cls, PreTrainedModel):
+        return is_clip_model_in_single_file(cls, names) or (cls is T5EncoderModel and is_t5_in_single_file(names))
+    return issubclass(cls, nn.Module)
 
 
 def _check_part(folder: Path, part: str, named: list) -> None:

@@ -14,6 +14,7 @@ from memorization.paths import CONFIGS, ROOT
 from memorization.registry import Registry
 from memorization.settings import Checked, NotNegative, fitted, make
 
+GUIDANCE = 7.5  # of Stable Diffusion 1 and 2, where nothing else is said
 FILES = ("clip", "calibration", "reference", "config")  # fields of a file or folder; clip and config may be hub ids
 
 
@@ -30,7 +31,7 @@ class ModelSpec(Checked):
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         settings: of methods, where they are not the methods' own: ``{"detectors": {name: {...}}, "mitigations": ...}``.
             A detector and a mitigation may have the same name.
-        guidance_scale: of generations.
+        guidance_scale: of generations; None for the pipeline's own, which a model that is loaded has.
         calibration: file with its thresholds, written by detect_eval.py --calibrate.
         clip: the CLIP checkpoint that judges its pictures.
         copy_limits: measure of similarity/judge.py -> the value at which a picture counts as a copy; the first decides.
@@ -43,12 +44,17 @@ class ModelSpec(Checked):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     prompts: dict[Literal["prompts", "memorized", "non_memorized"], str] = field(default_factory=dict)
     settings: dict[Literal["detectors", "mitigations"], dict[str, dict]] = field(default_factory=dict)
-    guidance_scale: NotNegative = 7.5
+    guidance_scale: NotNegative | None = None
     calibration: str | None = None
     clip: str | None = None
     copy_limits: dict[str, float] = field(default_factory=dict)
     reference: str | None = None
     description: str = ""
+
+    @property
+    def scale(self) -> float:
+        """Of generations; where nothing is said and no model is loaded, that of Stable Diffusion 1 and 2."""
+        return GUIDANCE if self.guidance_scale is None else self.guidance_scale
 
     def settings_of(self, kind: Literal["detectors", "mitigations"], methods: Registry) -> dict[str, dict]:
         """Method -> its settings, checked whether or not it is used.

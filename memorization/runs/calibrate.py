@@ -45,8 +45,11 @@ def calibrate(run: Run, target: float) -> dict:
             entry["bands"] = {n: list(band) for n, band in fit_bands(scores, threshold).items()}
         levels = levels_of(scores.mean(1)[labels == 0])
         detectors[name] = {**entry, "threshold": threshold, "realised_fpr": realised, "levels": levels}
+    revision = run.settings.get("revision")
     return {
-        "model": run.settings["model"], "run": Path(run.name).name, "num_images": run.noises,
+        "model": run.settings["model"],
+        **({"revision": revision} if isinstance(revision, dict) else {}),  # runs of old have one sha256
+        "run": Path(run.name).name, "num_images": run.noises,
         "steps": run.settings["steps"], "target_fpr": target,
         "negatives": int((labels == 0).sum()), "positives": int(labels.sum()), "detectors": detectors,
     }  # fmt: skip

@@ -120,13 +120,15 @@ def detect(
         overwrite: start anew in a folder that holds a run.
 
     Raises:
-        InputError: the folder holds another run, memory does not suffice for one row, or a value is not finite.
+        InputError: the folder holds another run, the calibration is of another model or other adapters, memory does not
+            suffice for one row, or a value is not finite.
     """
     pipe = model.pipe
+    revision = revision_of(pipe, pictures="images" in listed.hashes)
+    calibration.check_revision(revision)
     make_scorer, further = _scorer_for(model, listed, detectors, scoring, calibration)
     settings = {
-        "model": model.name, "revision": revision_of(pipe, pictures="images" in listed.hashes),
-        "prompts": listed.hashes,
+        "model": model.name, "revision": revision, "prompts": listed.hashes,
         "detectors": {detector.name: detector.record() for detector in detectors}, "num_images": scoring.noises,
         "seed": scoring.seed, "steps": scoring.steps, "dtype": model.dtype, "batch_size": scoring.batch_size or "auto",
         **further,
@@ -146,7 +148,7 @@ def _scorer_for(
     """What makes the scorer for a batch size, and the settings that matter to it alone."""
     if "images" in listed.hashes:
         return partial(PictureScorer, model.pipe, detectors), {}
-    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    scale = model.spec.scale if scoring.guidance_scale is None else scoring.guidance_scale
     common = {"seed": scoring.seed, "steps": scoring.steps, "guidance_scale": scale}
     generates = any(detector.needs in ("generation", "image") for detector in detectors)
     further: dict = {"guidance_scale": scale} if generates else {}

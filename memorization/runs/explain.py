@@ -8,10 +8,20 @@ from tqdm import tqdm
 from memorization.detectors.explain import Significance, token_significance
 from memorization.errors import InputError
 from memorization.evaluation.metrics import noise_mean
-from memorization.models.base import ABILITIES
+from memorization.models.base import ABILITIES, TextToImage
 from memorization.models.generation import detection_grid
 from memorization.models.loading import Model
 from memorization.runs.detect import Scoring
+
+
+def check_explainable(pipe: TextToImage) -> None:
+    """See that a prompt's tokens can be taken one by one.
+
+    Raises:
+        InputError: the model's embeddings are more than the states of one text encoder.
+    """
+    if "text" not in pipe.can:
+        raise InputError(f"tokens cannot be explained: needs {ABILITIES['text']}, which this model has not")
 
 
 def explain(
@@ -26,8 +36,7 @@ def explain(
     ranked = sorted(((noise_mean(row[by]), row["prompt"]) for row in rows), key=lambda pair: -pair[0])
     chosen = ranked[:10] if threshold is None else [pair for pair in ranked if pair[0] >= threshold]
     pipe = model.pipe
-    if "text" not in pipe.can:
-        raise InputError(f"tokens cannot be explained: this model has not {ABILITIES['text']}")
+    check_explainable(pipe)
     latents, t = pipe.pure_noise(scoring.noises, scoring.seed), detection_grid(pipe, scoring.steps)[0]
     with torch.no_grad():
         uncond = pipe.predict_uncond(latents, [t]).eps[t]

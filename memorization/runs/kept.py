@@ -36,7 +36,7 @@ class KeptInMemory:
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """``prompt_embeds (1, tokens, width)``, with what else the model's pipeline takes of a prompt, and ``latents
-        (noises, c, h, w)``, whichever the remedy changed."""
+        (noises, c, h, w)``, packed where the pipeline takes them so; whichever the remedy changed."""
         return self._tensors[number]
 
 

@@ -116,7 +116,7 @@ def localise(
     """
     ranked = sorted(((noise_mean(row[by]), row["id"], row["prompt"]) for row in rows), key=lambda found: -found[0])
     chosen = ranked[:10] if threshold is None else [found for found in ranked if found[0] >= threshold]
-    scale = model.spec.guidance_scale if scoring.guidance_scale is None else scoring.guidance_scale
+    scale = model.spec.scale if scoring.guidance_scale is None else scoring.guidance_scale
     locate = Locator(
         model.pipe, maps, noises=scoring.noises, seed=scoring.seed, steps=scoring.steps, guidance_scale=scale,
         batch_size=scoring.batch_size or default_batch_size(model.pipe),

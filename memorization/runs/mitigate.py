@@ -84,9 +84,13 @@ class Mitigating(Checked):
                                  "--threshold X or --all")  # fmt: skip
             threshold = calibration.thresholds[SCORED_BY]
         level = mitigation.bound(calibration.levels) if mitigation.needs_level else None
-        if mitigation.needs_level or self.threshold == "auto":
+        if self.reads_calibration(mitigation):
             calibration.check({"model": name, "num_images": noises})
         return noises, threshold, level
+
+    def reads_calibration(self, mitigation: Mitigation) -> bool:
+        """Whether a threshold or a level of the calibration is taken."""
+        return bool(mitigation.needs_level) or self.threshold == "auto"
 
 
 def configured_mitigation(
@@ -187,6 +191,9 @@ def mitigate_list(
     spec = model.spec
     check_able(model.pipe, [mitigation])
     noises, threshold, level = plan.calibrated(model.name, mitigation, calibration)
+    revision = revision_of(model.pipe, pictures=True)
+    if plan.reads_calibration(mitigation):
+        calibration.check_revision(revision)
     if model.dtype == "float16" and mitigation.lowers:
         raise InputError(f"{mitigation.name}: gradients are lost in float16; give --dtype float32 or bfloat16")
     if model.pipe.device.type == "cuda":
@@ -200,7 +207,7 @@ def mitigate_list(
         return Mitigated([], frame, None, noises)
     judge = make_judge(model.pipe, prompts.known, spec.clip if clip is None else clip, sscd)
     settings = {
-        "model": model.name, "revision": revision_of(model.pipe, pictures=True),
+        "model": model.name, "revision": revision,
         "method": mitigation.name, **mitigation.record(), "level": level, "threshold": threshold,
         "prompts": hashlib.sha256("\n".join(frame["prompt"]).encode()).hexdigest(), "num_images": noises,
         "seed": plan.seed, "steps": plan.steps, "grid_steps": cases.grid_steps,
@@ -221,7 +228,7 @@ def _cases_for(model: Model, mitigation: Mitigation, plan: Mitigating, noises: i
         model.pipe,
         model.pipe.pure_noise(noises, plan.seed),
         plan.steps,
-        model.spec.guidance_scale if plan.guidance_scale is None else plan.guidance_scale,
+        model.spec.scale if plan.guidance_scale is None else plan.guidance_scale,
         plan.seed,
         plan.batch_size or default_batch_size(model.pipe),
         scoring_detectors([mitigation], model.spec, calibration),

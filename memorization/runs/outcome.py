@@ -77,12 +77,11 @@ class Outcome(NamedTuple):
     def changed(self, case: Case, i: int) -> dict[str, Tensor]:
         """What the remedy changed of prompt ``i``, as :meth:`KeptInMemory.tensors`."""
         embeds, latents = self.remedy.embeds[i], self.remedy.latents[i]
-        found = {}
-        if not torch.equal(embeds, case.embeds[i]):
-            found |= {name: part.contiguous() for name, part in case.pipe.parts(embeds[None]).items()}
-        if not torch.equal(latents, case.noise):
-            found["latents"] = latents.contiguous()
-        return found
+        changed = case.pipe.given(
+            None if torch.equal(embeds, case.embeds[i]) else embeds[None],
+            None if torch.equal(latents, case.noise) else latents,
+        )
+        return {name: one.contiguous() for name, one in changed.items()}
 
     def rows(self, prompts: Sequence[str]) -> list[dict]:
         """A line a prompt."""

@@ -102,7 +102,7 @@ class Bench:
         return {
             **self.subject.settings,
             **{name: vars(self.args)[name] for name in ("memorized", "ordinary", "steps")},
-            "num_images": self.noises, "guidance_scale": self.spec.guidance_scale, "levels": self.calibration.levels,
+            "num_images": self.noises, "guidance_scale": self.spec.scale, "levels": self.calibration.levels,
             "judge": self.judge.description, "reference": self.reference and self.reference.digest,
         }  # fmt: skip
 
@@ -168,7 +168,7 @@ class Bench:
 
     def _make_case(self, items: tuple[Item, ...], pipe: LocalStableDiffusionPipeline) -> Case:
         cases = Cases(
-            pipe, pipe.pure_noise(self.noises, self.args.seed), self.args.steps, self.spec.guidance_scale,
+            pipe, pipe.pure_noise(self.noises, self.args.seed), self.args.steps, self.spec.scale,
             self.args.seed, default_batch_size(pipe), self.detectors, self.calibration.levels,
             self.calibration.holds_for.get("steps", 50),
         )  # fmt: skip

@@ -74,7 +74,7 @@ class Trial:
     @property
     def options(self) -> dict[str, Any]:
         """Of the pipeline's call."""
-        return {"num_inference_steps": self.args.steps, "guidance_scale": self.bench.spec.guidance_scale}
+        return {"num_inference_steps": self.args.steps, "guidance_scale": self.bench.spec.scale}
 
     def thresholds(self) -> Thresholds:
         """From the ordinary prompts of the validation half; kept in the study's folder."""

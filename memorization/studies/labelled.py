@@ -89,7 +89,7 @@ def scored(
         noises: a prompt.
         steps: of the DDIM grid.
     """
-    scale = subject.spec.guidance_scale
+    scale = subject.spec.scale
     settings = {**subject.settings, **settings, "guidance_scale": scale}
     scorer = partial(Scorer, subject.pipe, detectors, noises=noises, seed=subject.settings["seed"], steps=steps,
                      guidance_scale=scale)  # fmt: skip

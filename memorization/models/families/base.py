@@ -7,6 +7,7 @@ the calls that it made again, with latents, times and prompts of its own.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,6 @@ class Family(ABC):
         latents: the name of the latents among them.
         embeddings: names, in the pipeline's ``__call__``, of the tensors that hold the prompt.
         unguided: arguments of ``__call__`` under which its denoiser is given conditional rows alone.
-        contrast: what stands for no prompt, in words; a run's settings keep it.
         mitigable: whether the guard can apply the tool's mitigations to it.
         watchable: whether the guard knows how its pipelines are watched.
     """
@@ -44,7 +44,6 @@ class Family(ABC):
     latents: ClassVar[str]
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
-    contrast: ClassVar[str] = "the empty prompt"
     mitigable: ClassVar[bool] = False
     watchable: ClassVar[bool] = True
 
@@ -81,6 +80,10 @@ class Family(ABC):
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         """The condition of no prompt, one row: what the pipeline's guidance takes where nothing negative is given."""
 
+    def contrast(self, pipe: Any) -> str:
+        """What stands for no prompt, in words; a run's settings keep it."""
+        return "the empty prompt"
+
     def read(self, pipe: Any, call: Arguments) -> None:  # noqa: B027 - most know it all from the start
         """Learn from a call for two different prompts."""
 
@@ -95,6 +98,11 @@ class Family(ABC):
     def unpack(self, pipe: Any, packed: Tensor, call: Arguments) -> Tensor:
         """:meth:`pack`, the other way; ``call`` is one that the pipeline made."""
         return packed
+
+    def guidance_scale(self, pipe: Any) -> float:
+        """Of generations: the default of the pipeline's ``__call__``; 1, no guidance, where it has none."""
+        scale = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        return float(scale.default) if scale and isinstance(scale.default, (int, float)) else 1.0
 
     def empty(self, pipe: Any, unconditional: list[Tensor] | None) -> list[Tensor]:
         """The condition of no prompt, ``(1, ...)`` each.

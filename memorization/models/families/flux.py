@@ -27,7 +27,6 @@ class Flux(Family):
     latents: ClassVar[str] = "hidden_states"
     embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     unguided: ClassVar[Mapping[str, Any]] = {}
-    contrast: ClassVar[str] = "true guidance with the empty prompt; no unconditional branch was trained"
     watchable: ClassVar[bool] = False
 
     def scale(self, pipe: Any, timestep: float) -> Scale:
@@ -42,6 +41,13 @@ class Flux(Family):
 
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         return list(pipe.encode_prompt("", None)[:2])
+
+    def guidance_scale(self, pipe: Any) -> float:
+        """1: the pipeline's own default is for dev's denoiser, which is given it; schnell has no use for any."""
+        return 1.0
+
+    def contrast(self, pipe: Any) -> str:
+        return "true guidance with the empty prompt; no unconditional branch was trained"
 
     def pack(self, latents: Tensor) -> Tensor:
         """Squares of 2 x 2 pixels become channels, and the squares one axis."""

@@ -66,6 +66,11 @@ class Guessed(Family):
             raise InputError(f"{name}: gives its denoiser nothing that tells prompts apart")
         self.embeddings = tuple("/".join(path) for path in self.paths)  # ty: ignore[invalid-attribute-access]
 
+    def guidance_scale(self, pipe: Any) -> float:
+        """1 where the denoiser is given the pipeline's own."""
+        embedded = getattr(getattr(pipe, self.part).config, "guidance_embeds", False)
+        return 1.0 if embedded else super().guidance_scale(pipe)
+
     @staticmethod
     def flows(pipe: Any) -> bool:
         """Whether the scheduler is a flow's."""

@@ -32,6 +32,9 @@ class StableDiffusionXL(Family):
         added = {**named["added_cond_kwargs"], "text_embeds": condition[1]}
         return {**named, "encoder_hidden_states": condition[0], "added_cond_kwargs": added}
 
+    def contrast(self, pipe: Any) -> str:
+        return "zeros" if pipe.config.force_zeros_for_empty_prompt else super().contrast(pipe)
+
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt("", do_classifier_free_guidance=False)
         found = [embeds, pooled]
