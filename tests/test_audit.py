@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from memorization.index.duplicates import find_duplicates, near_copies
 from memorization.io.files import read_lines
 from memorization.io.training import find_captions
 from memorization.models.loading import load_model
+from memorization.models.lora import holds_lora
 
 SMALL = ["--paraphrases", "0", "--noises", "1"]  # four captions and the trigger, one noise each
 
@@ -318,6 +320,28 @@ def test_the_last_file_beside_the_folders_of_the_earlier_ones_comes_last(tmp_pat
     found = find_adapters([tmp_path / "a-run"])
     assert [one.path.parent.name for one in found] == ["checkpoint-500", "checkpoint-1000", "a-run"]
     assert len({one.name for one in found}) == 3
+
+
+def test_files_that_are_alike_in_folders_that_are_alike_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [Path(folder) / "p.safetensors" for folder in ("b/x", "", "a/x")]
+    for file in files:
+        save_lora(file)
+    assert [one.path for one in find_adapters(files)] == [files[2], files[0], files[1]]
+    assert [one.name for one in find_adapters(files[:2])] == ["x/p", f"{tmp_path.name}/p"]
+
+
+def test_of_a_file_without_a_lora_the_header_alone_is_read(tmp_path):
+    size = 1 << 26
+    header = json.dumps({"vae.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "vae.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    tracemalloc.start()
+    assert not holds_lora(tmp_path / "vae.safetensors")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < size / 10
 
 
 def test_files_of_a_folder_that_hold_no_lora_are_left_out(tmp_path, capsys):
