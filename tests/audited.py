@@ -97,12 +97,13 @@ class Given(ByNl2):
         return self._apart
 
 
-def save_run(folder, base, epochs) -> dict:
+def save_run(folder, base, epochs, apart=None) -> dict:
     """A whole run of an audit, of given distances instead of pictures; gives back what was found.
 
     Args:
         base: the base's distances, ``(captions, noises)``.
         epochs: name -> those of an epoch; each picture is nearest to its own caption's training picture.
+        apart: the training pictures' distances; None for far from one another.
     """
     captions = [f"caption {i}" for i in range(len(base))]
     files = [folder / "set" / f"{i}.png" for i in range(len(base))]
@@ -124,7 +125,7 @@ def save_run(folder, base, epochs) -> dict:
         "training": [{"name": file.name, "file": str(file), "sha256": f"{i:064d}"} for i, file in enumerate(files)],
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record))
-    apart = np.full((len(base), len(base)), 1e9)
+    apart = np.full((len(base), len(base)), 1e9) if apart is None else apart
     found = findings(rows, training, [Given(apart)], "difference", Asked().rate)
     write(found, folder)
     return found

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from memorization import cli
 from memorization.audit import run
 from memorization.audit.adapters import find_adapters
 from memorization.audit.engine import Plan
-from memorization.audit.findings import copy_limit, findings
+from memorization.audit.findings import copy_limits, findings, spacing_limit
 from memorization.audit.measures.nl2 import ByNl2
 from memorization.audit.run import FINDINGS
 from memorization.audit.signals.base import SIGNALS, Look
@@ -28,6 +29,7 @@ from memorization.index.duplicates import find_duplicates, near_copies
 from memorization.io.files import read_lines
 from memorization.io.training import find_captions
 from memorization.models.loading import load_model
+from memorization.models.lora import holds_lora
 
 SMALL = ["--paraphrases", "0", "--noises", "1"]  # four captions and the trigger, one noise each
 
@@ -201,28 +203,92 @@ def test_a_signal_is_what_the_trace_says(place, tiny_eps):
 
 
 def test_the_limit_is_the_nearer_of_two():
-    alone = np.arange(2)
-    far = Given([[9, 9], [9, 9]])
-    base = np.array([1.0, 2.0, 3.0, 4.0])
-    assert copy_limit(far, base, alone, 0.01).value == 1.0
-    assert copy_limit(far, base, alone, 0.25).value == 2.0  # one of four may lie beyond
-    near = copy_limit(Given([[0, 0.5], [0.7, 0]]), base, alone, 0.01)
-    assert near.value == 0.5 and "training pictures' distances" in near.source
-    assert copy_limit(Given([[0, 0.5], [0.7, 0]]), base, np.zeros(2), 0.01).value == 1.0  # near-copies say nothing
+    base, nearest = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 1, 0, 1])
+
+    def limit(apart, families, rate):
+        return copy_limits(Given(apart), base, nearest, np.array(families), rate).usual
+
+    far, near = [[9, 9], [9, 9]], [[0, 0.5], [0.7, 0]]
+    assert limit(far, [0, 1], 0.01).value == 1.0
+    assert limit(far, [0, 1], 0.25).value == 2.0  # one of four may lie beyond
+    assert limit(near, [0, 1], 0.01).value == pytest.approx(0.5 * (0.01 / 2) ** (1 / 8), abs=1e-4)
+    assert "training pictures' distances" in limit(near, [0, 1], 0.01).source
+    assert limit(near, [0, 0], 0.01).value == 1.0  # near-copies say nothing
+
+
+def normals(count, width, seed):
+    return np.random.default_rng(seed).standard_normal((count, width))
+
+
+def apart(some, others):
+    return np.linalg.norm(some[:, None] - others[None], axis=2)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("count", [10, 20, 50])
+def test_new_pictures_of_the_kind_are_hardly_ever_within_the_limit_of_training_pictures(width, count):
+    """The nearest of the training pictures' distances would take 19% of them, of 10 pictures in 16 dimensions."""
+    shares = []
+    for seed in range(10):
+        training = normals(count, width, seed)
+        limit = spacing_limit(Given(apart(training, training)), np.arange(count), 0.01)
+        shares.append((apart(normals(200, width, 99 + seed), training).min(1) < limit).mean())
+        assert limit > 0.05 * np.sort(apart(training, training)[np.triu_indices(count, 1)])[count // 2]
+    assert np.mean(shares) < (0.03 if width == 4 else 0.01)
+
+
+def test_cosines_have_the_limit_of_their_distances():
+    class Cosines(Given):
+        lower_is_nearer = False
+
+    vectors = normals(20, 16, 0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    by_distance, by_cosine = Given(apart(vectors, vectors)), Cosines(vectors @ vectors.T)
+    limits = [spacing_limit(measure, np.arange(20), 0.01) for measure in (by_distance, by_cosine)]
+    assert limits[0] == pytest.approx(limits[1])
+    found = copy_limits(by_cosine, np.zeros(40), np.arange(40) // 2, np.arange(20), 0.01)
+    assert (
+        found.usual.value == pytest.approx(1 - limits[0] ** 2 / 2, abs=1e-4) and (found.of == found.usual.value).all()
+    )
+
+
+def test_one_close_pair_of_training_pictures_does_not_move_the_limit_to_it():
+    training = normals(20, 16, 0)
+    alone = spacing_limit(Given(apart(training, training)), np.arange(20), 0.01)
+    training[1] = training[0] + 0.01
+    assert spacing_limit(Given(apart(training, training)), np.arange(20), 0.01) > 0.7 * alone
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_a_training_picture_that_the_base_draws_itself_hides_no_copies_of_others(tmp_path, known):
+    random = np.random.default_rng(0)
+    base = 2 + random.random((20, 20))
+    base[:known] = 0.1 + 0.1 * random.random((known, 20))
+    tuned = base.copy()
+    tuned[known:] = 0.3
+    found = save_run(tmp_path, base, {"tuned": tuned})
+    own = np.round(base[:known].min(1), 4)
+    assert sorted(one["limit"] for one in found["known"]) == sorted(own.tolist())
+    assert sorted(one["training"] for one in found["known"]) == [[f"{i}.png"] for i in range(known)]
+    assert all(one["drawn"] == 20 for one in found["known"]) and found["limits"][0]["value"] > 2
+    assert found["epochs"][1]["gained"] == 20 * (20 - known) - 3  # of the base three of the others lie beyond it too
+    assert found["recommended"] is None
 
 
 def test_verdicts_compare_the_ends_of_intervals(tmp_path):
     """The lower end of a picture's copies with the upper end of the base's, which few pictures leave high."""
     base = np.full((20, 8), 2.0)
-    once, twice = base.copy(), base.copy()
-    once[3, 0] = twice[3, :2] = 0
-    found = save_run(tmp_path / "many", base, {"once": once, "twice": twice})
-    assert lower_end(1, 8) < upper_end(0, 160) < lower_end(2, 8)
-    assert [found["pictures"][3]["epochs"][name]["verdict"] for name in ("once", "twice")] == ["at risk", "copied"]
-    assert found["pictures"][3]["copied_from"] == "twice" and found["recommended"] == "once"
+    twice, thrice = base.copy(), base.copy()
+    twice[3, :2] = thrice[3, :3] = 0
+    found = save_run(tmp_path / "many", base, {"twice": twice, "thrice": thrice})
+    each = 1 - 0.05 / 20  # of 20 pictures
+    assert lower_end(2, 8, each) < upper_end(0, 160) < lower_end(3, 8, each)
+    assert [found["pictures"][3]["epochs"][name]["verdict"] for name in ("twice", "thrice")] == ["at risk", "copied"]
+    assert found["pictures"][3]["copied_from"] == "thrice" and found["recommended"] == "twice"
     assert found["limits"][2]["value"] == pytest.approx(upper_end(0, 160), rel=1e-5)
-    few = save_run(tmp_path / "few", base[:4], {"twice": twice[:4]})
-    assert upper_end(0, 32) > lower_end(2, 8) and few["pictures"][3]["epochs"]["twice"]["verdict"] == "at risk"
+    few = save_run(tmp_path / "few", base[:4], {"thrice": thrice[:4]})
+    assert upper_end(0, 32) > lower_end(3, 8, 1 - 0.05 / 4)
+    assert few["pictures"][3]["epochs"]["thrice"]["verdict"] == "at risk"
 
 
 def test_an_epoch_is_recommended_until_it_is_seen_to_copy(tmp_path):
@@ -318,6 +384,28 @@ def test_the_last_file_beside_the_folders_of_the_earlier_ones_comes_last(tmp_pat
     found = find_adapters([tmp_path / "a-run"])
     assert [one.path.parent.name for one in found] == ["checkpoint-500", "checkpoint-1000", "a-run"]
     assert len({one.name for one in found}) == 3
+
+
+def test_files_that_are_alike_in_folders_that_are_alike_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [Path(folder) / "p.safetensors" for folder in ("b/x", "", "a/x")]
+    for file in files:
+        save_lora(file)
+    assert [one.path for one in find_adapters(files)] == [files[2], files[0], files[1]]
+    assert [one.name for one in find_adapters(files[:2])] == ["x/p", f"{tmp_path.name}/p"]
+
+
+def test_of_a_file_without_a_lora_the_header_alone_is_read(tmp_path):
+    size = 1 << 26
+    header = json.dumps({"vae.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "vae.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    tracemalloc.start()
+    assert not holds_lora(tmp_path / "vae.safetensors")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < size / 10
 
 
 def test_files_of_a_folder_that_hold_no_lora_are_left_out(tmp_path, capsys):

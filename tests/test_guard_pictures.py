@@ -158,13 +158,25 @@ def test_a_generation_that_begins_low_says_so_and_is_not_mitigated():
     assert guard.verdicts[0].action == "warn" and not guard.verdicts[0].is_safe
 
 
-def test_what_cannot_be_judged_is_said(pipe):
-    for args, words in ((step(14.6, uncond=None), "no unconditional prediction"),
-                        (step(14.6, difference=float("nan")), "not finite")):  # fmt: skip
-        said = []
-        guard = PostGuidance(1.0, "mitigate", say=said.append)
-        assert guard(args) is not None and torch.equal(guard(step(5.0)), step(5.0)["denoised"])
-        assert guard.verdicts == [] and len(said) == 1 and words in said[0]
+def test_what_cannot_be_judged_is_said():
+    said = []
+    guard = PostGuidance(1.0, "mitigate", say=said.append)
+    assert guard(step(14.6, uncond=None)) is not None and torch.equal(guard(step(5.0)), step(5.0)["denoised"])
+    assert guard.verdicts == [] and len(said) == 1 and "no unconditional prediction" in said[0]
+
+
+@pytest.mark.parametrize("difference", [float("nan"), float("inf")])
+def test_a_picture_whose_score_is_not_finite_leaves_its_neighbours_judged(difference):
+    said = []
+    guard = PostGuidance(0.05, "mitigate", say=said.append)
+    args = step(14.6, difference=difference)
+    found = guard(args)
+    assert said[0] == "the guard does not judge picture 0: its score is not finite"
+    assert [(verdict.row, verdict.flagged) for verdict in guard.verdicts] == [(1, True)] and len(said) == 2
+    assert torch.equal(found[1], args["uncond_denoised"][1])  # mitigated
+    assert torch.equal(found[0].isfinite(), args["denoised"][0].isfinite())  # left as it was
+    with pytest.raises(Refused, match=r"^picture 1"):
+        PostGuidance(0.05, "refuse", say=said.append)(args)
 
 
 def test_a_host_draws_flagged_pictures_without_guidance_at_first():

@@ -17,7 +17,7 @@ from PIL import Image
 
 import detect_mem
 from memorization import cli
-from memorization.evaluation.intervals import lower_end, share_interval, upper_end
+from memorization.evaluation.intervals import lower_end, upper_end, upper_end_of_difference
 from memorization.io.files import read_lines
 from memorization.report.make import model_card, write_report
 
@@ -32,10 +32,10 @@ def out(audited_place, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """An audit of more pictures, of which the epoch "late" copies one at two of eight noises; without pictures."""
+    """An audit of more pictures, of which the epoch "late" copies one at three of eight noises; without pictures."""
     base = np.full((20, 8), 2.0)
     early, late = base.copy(), base.copy()
-    early[3, 0] = late[3, :2] = 0
+    early[3, 0] = late[3, :3] = 0
     folder = tmp_path_factory.mktemp("many") / "out"
     audited.save_run(folder, base, {"early": early, "late": late})
     return folder
@@ -167,9 +167,10 @@ def test_a_card_has_metadata_that_the_hub_reads(out):
 
     text = model_card(out, False)
     card = ModelCard(text)
-    (share, upper) = card.data.eval_results
-    assert card.data.model_name == "mine" and share.metric_value == 0.25
-    assert upper.metric_value == pytest.approx(share_interval(2, 8)[2])
+    values = {one.metric_name: one.metric_value for one in card.data.eval_results}
+    assert card.data.model_name == "mine" and list(values.values())[:3] == [8, 2, 0]
+    assert values["share of copies less that of the base, upper end of 95%"] == pytest.approx(upper_end(2, 8))
+    assert values["training pictures that count as copied"] == 0
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["memorization"]
     assert "| mine " in text and "### What this does not show" in text
 
@@ -232,9 +233,76 @@ def test_a_gate_decides_on_the_upper_end(out, capsys):
     assert why.startswith("stop: 2 of 8 pictures of epoch mine are copies") and why.count("\n") == 1
     assert why.endswith("; more of them would not help\n")
     status, said, why = gate(capsys, out, "--epoch", "mine-000001")  # no copy, but too few pictures
-    assert status == 3 and said["upper"] == pytest.approx(1 - 0.025 ** (1 / 8)) and "; 368 would suffice" in why
-    assert gate(capsys, out, "--epoch", "mine-000001", "--max-copies", "0.37")[0] == 0
-    assert gate(capsys, out, "--max-copies", "0.37")[0] == 3
+    assert status == 3 and said["upper"] == pytest.approx(1 - 0.05 ** (1 / 8)) and "; 299 would suffice" in why
+    assert gate(capsys, out, "--epoch", "mine-000001", "--max-copies", "0.32")[0] == 0
+    assert gate(capsys, out, "--max-copies", "0.32")[0] == 3
+
+
+def failures(trials, limit, lost):
+    """How often a fine-tune passes that adds just what is allowed, to a share that is ``lost``, counted out."""
+    from scipy.stats import binom
+
+    downs, ups = (np.arange(binom.ppf(1 - 1e-6, trials, share) + 1) for share in (lost, limit + lost))
+    likely = binom.pmf(downs, trials, lost)[:, None]
+    likely = likely * binom.pmf(ups, trials - downs[:, None], (limit + lost) / (1 - lost))
+    passed = [[upper_end_of_difference(up, down, trials) <= limit for up in ups] for down in downs]
+    return likely[np.array(passed)].sum()
+
+
+@pytest.mark.parametrize("trials", [299, 600, 1000])
+def test_at_the_limit_a_gate_passes_in_one_of_twenty_at_most(trials):
+    for lost in (0, 0.001, 0.003, 0.01):
+        assert 0.01 < failures(trials, 0.01, lost) <= 0.05
+    assert upper_end_of_difference(3, 0, trials) == pytest.approx(upper_end(3, trials))
+
+
+def test_at_the_limit_a_gate_holds_where_the_limit_comes_from_the_base():
+    """Ten of 1000 of the base lie beyond it by construction; the fine-tune adds 1% to what lies there."""
+    random, times = np.random.default_rng(0), 2000
+    beyond = random.beta(11, 990, times)
+    hit = beyond + 0.01
+    gained, lost = random.binomial(990, hit), random.binomial(10, 1 - hit)
+    passed = [upper_end_of_difference(*pair, 1000) <= 0.01 for pair in zip(gained, lost, strict=True)]
+    assert 0.01 < np.mean(passed) < 0.06
+
+
+def test_pictures_of_the_training_pictures_kind_pass_with_enough_of_them(tmp_path, capsys):
+    """A base that knows nothing of the concept, and a fine-tune that draws it and copies nothing."""
+    random = np.random.default_rng(0)
+    training = random.standard_normal((20, 16))
+    apart = np.linalg.norm(training[:, None] - training[None], axis=2)
+    new = np.linalg.norm(random.standard_normal((20, 50, 1, 16)) - training, axis=3).min(2)
+    audited.save_run(tmp_path / "out", np.full((20, 50), 9.0), {"tuned": new}, apart)
+    assert (new < apart[apart > 0].min()).mean() > 0.01  # than the nearest of the training pictures' distances
+    status, said, why = gate(capsys, tmp_path / "out")
+    assert status == 0 and said["hits"] < 5 and said["copied"] == [], why
+
+
+def test_a_gate_stops_where_a_training_picture_counts_as_copied(tmp_path, capsys):
+    """One of 200, at each of 20 noises: half a percent of all pictures."""
+    base = np.full((200, 20), 2.0)
+    copying = base.copy()
+    copying[7] = 0
+    audited.save_run(tmp_path / "out", base, {"copying": copying})
+    status, said, why = gate(capsys, tmp_path / "out")
+    assert status == 3 and said["upper"] < 0.01 and said["copied"] == ["7.png"] and said["needed"] is None
+    assert why.startswith("stop: 20 of 4000") and "; training pictures that count as copied: 1, and none may" in why
+    assert "not above the 0.01" in why and why.endswith("; more of them would not help\n")
+
+
+def test_a_gate_says_what_it_does_not_count_and_whom_the_base_draws(many, tmp_path, capsys):
+    shutil.copytree(many, tmp_path / "out")
+    found = json.loads((many / "audit.json").read_text())
+    for one, copies in zip(found["epochs"], (1, 0, 4), strict=True):
+        one["copies"]["paraphrase"] = {**one["copies"]["caption"], "copies": copies}
+    found["known"] = [{"training": ["3.png"], "limit": 0.1, "drawn": 9}]
+    (tmp_path / "out" / "audit.json").write_text(json.dumps(found))
+    _, said, why = gate(capsys, tmp_path / "out")
+    assert said["known"] == ["3.png"] and "as the base draws them itself: 1" in why
+    assert "not counted: 4 of 160 pictures of paraphrase prompts are copies (1 of the base's)" in why
+    assert "not counted" not in gate(capsys, tmp_path / "out", "--epoch", "early")[2]
+    page = write_report(tmp_path / "out", True).read_text()
+    assert "it draws it itself (9 times)" in page and "3.png" not in page
 
 
 def distances(seed, noises):
@@ -247,9 +315,9 @@ def test_a_fine_tune_that_is_its_base_passes_by_default_with_enough_pictures(tmp
     found = audited.save_run(tmp_path / "many", base, {"same": base})
     assert [one["copies"]["caption"]["copies"] for one in found["epochs"]] == [10, 10]
     assert gate(capsys, tmp_path / "many")[0] == 0
-    audited.save_run(tmp_path / "few", base[:, :7], {"same": base[:, :7]})
+    audited.save_run(tmp_path / "few", base[:, :5], {"same": base[:, :5]})
     status, said, _ = gate(capsys, tmp_path / "few")
-    assert status == 3 and said["needed"] == 368 > said["trials"] == 350
+    assert status == 3 and said["needed"] == 299 > said["trials"] == 250
 
 
 def test_a_fine_tune_that_draws_others_and_no_copies_passes_with_enough_pictures(tmp_path, capsys):
@@ -262,9 +330,9 @@ def test_a_fine_tune_that_draws_others_and_no_copies_passes_with_enough_pictures
         status, said, why = gate(capsys, tmp_path / str(seed))
         assert status == 0 and said["hits"] > 25 and said["lost"] > 25, why
         assert gate(capsys, tmp_path / str(seed), "--epoch", "copying")[0] == 3
-    audited.save_run(tmp_path / "few", distances(0, 10), {"other": distances(100, 10)})
+    audited.save_run(tmp_path / "few", distances(0, 8), {"other": distances(100, 8)})
     status, said, _ = gate(capsys, tmp_path / "few")
-    assert status == 3 and 500 < said["needed"] < 5000
+    assert status == 3 and 400 < said["needed"] < 1000
 
 
 def test_an_audit_of_another_version_is_one_line(many, tmp_path):

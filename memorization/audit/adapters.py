@@ -56,7 +56,8 @@ def find_adapters(places: Iterable[Path]) -> list[Adapter]:
     names = _names(files)
     found = [_read(path, name) for path, name in zip(files, names, strict=True)]
     noted = all(adapter.step is not None for adapter in found)
-    ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _order(adapter, files))
+    home = None if _are_unlike(map(_stem, files)) else os.path.commonpath([file.absolute().parent for file in files])
+    ordered = sorted(found, key=lambda adapter: ((0, adapter.step, ""),) if noted else _order(adapter.path, home))
     for one, other in pairwise(ordered):
         if noted and one.step == other.step:
             raise InputError(f"{one.path} and {other.path}: both say that they are of step {one.step}; the order of "
@@ -91,17 +92,26 @@ def _say_left_out(path: Path) -> None:
 
 def _names(files: list[Path]) -> list[str]:
     """Stems; with the folder's name before them, or whole paths, where some are alike."""
-    ways = (lambda path: path.name if path.is_dir() else path.stem, lambda path: f"{path.parent.name}/{path.stem}", str)
-    return next(names for way in ways if len(set(names := [way(path) for path in files])) == len(files))
+    ways = (_stem, lambda path: f"{path.absolute().parent.name}/{path.stem}", str)
+    return next(names for way in ways if _are_unlike(names := [way(path) for path in files]))
 
 
-def _order(adapter: Adapter, files: list[Path]) -> tuple:
-    """By name; where files are alike by their folders, and what lies beside folders of others comes after them."""
-    if "/" not in adapter.name:
-        return _natural(adapter.name)
-    home = os.path.commonpath([file.absolute().parent for file in files])
-    folders = adapter.path.absolute().relative_to(home).parts[:-1]
-    return (*map(_natural, folders), (LAST,), _natural(adapter.path.name if adapter.whole else adapter.path.stem))
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _are_unlike(names: Iterable[str]) -> bool:
+    listed = list(names)
+    return len(set(listed)) == len(listed)
+
+
+def _order(path: Path, home: str | None) -> tuple:
+    """By name; where names are alike, by the folders in ``home``, and what lies beside folders of others comes after
+    them."""
+    if home is None:
+        return _natural(_stem(path))
+    folders = path.absolute().relative_to(home).parts[:-1]
+    return (*map(_natural, folders), (LAST,), _natural(_stem(path)))
 
 
 def _natural(name: str) -> tuple:

@@ -18,6 +18,8 @@ from memorization.evaluation.intervals import lower_end, share_interval, upper_e
 from memorization.index.duplicates import NEAR_COPY
 
 CONFIDENCE = 0.95
+KNOWN = 3  # pictures of a training picture, at least, for the base to draw it itself
+STEEPEST = 8.0  # as which distances of training pictures are continued
 VERDICTS = ("copied", "at risk", "not seen to be copied")
 
 
@@ -49,31 +51,103 @@ class Share:
         return cls(int(copied.sum()), copied.size, share, low, high)
 
 
-def copy_limit(measure: Measure, base: np.ndarray, families: np.ndarray, rate: float) -> Limit:
-    """From where on a generated picture counts as a copy: nearer to a training picture than the limit.
+@dataclass(frozen=True)
+class CopyLimits:
+    """From where on a generated picture counts as a copy of the training picture that it is nearest to.
 
-    The nearer of two limits, so that neither what the base draws anyway nor what pictures of one concept have in common
-    counts: the base's own pictures, made of the same tries from the same noise, at most a share ``rate`` of which lies
-    beyond; and the training pictures' distances to one another, near-copies left out, likewise.
+    Attributes:
+        of: ``(training pictures,)``, by training picture.
+        usual: that of most of them.
+        known: families that the base draws itself -> (their limit, the base's pictures beyond the usual one).
+    """
+
+    of: np.ndarray
+    usual: Limit
+    known: Mapping[int, tuple[float, int]]
+
+
+def copy_limits(
+    measure: Measure, base: np.ndarray, nearest: np.ndarray, families: np.ndarray, rate: float
+) -> CopyLimits:  # fmt: skip
+    """A picture counts as a copy if it is nearer than the nearer of two limits.
+
+    So that neither what the base draws anyway nor what pictures of one concept have in common counts: the base's own
+    pictures, made of the same tries from the same noise, at most a share ``rate`` of which lies beyond; and
+    :func:`spacing_limit`. A training picture that the base draws itself (:func:`known_families`) has a limit of its
+    own, by the base's pictures of it, or it would use up the share of all others.
 
     Args:
         base: values of the base's pictures.
+        nearest: the training pictures that they are nearest to.
         families: of the training pictures.
     """
     sign = 1 if measure.lower_is_nearer else -1
-    values = np.sort(sign * base)
-    of_base = values[int(np.floor(rate * len(values) + 1e-9))]
-    between = np.where(families[:, None] == families, np.inf, sign * measure.apart()).min(1)
-    between = np.sort(between[np.isfinite(between)])
-    of_training = between[int(np.floor(rate * len(between) + 1e-9))] if len(between) else np.inf
+    values, owners = sign * base, families[nearest]
+    own = known_families(values, owners, rate)
+    rest = values[~np.isin(owners, own)]
+    of_base, of_training = beyond(rest, rate), sign * measure.value_at(spacing_limit(measure, families, rate))
     side = "below" if measure.lower_is_nearer else "above"
     if of_base <= of_training:
-        beyond = int((values < of_base).sum())
-        source = f"the base's own pictures: {beyond} of {len(values)} lie beyond it (at most {rate:g} of them may)"
+        source = (f"the base's own pictures: {int((rest < of_base).sum())} of {len(rest)} lie beyond it (at most "
+                  f"{rate:g} of them may)")  # fmt: skip
     else:
-        source = (f"the training pictures' distances to one another, near-copies left out: at most {rate:g} of "
-                  f"{len(between)} are nearer (the base alone would give {sign * of_base:.4g})")  # fmt: skip
-    return Limit(f"a copy: {measure.title} {side}", round(float(sign * min(of_base, of_training)), 4), source)
+        source = (f"the training pictures' distances to one another, near-copies left out, continued to where a new "
+                  f"picture of their kind is as near to one of them with a probability of {rate:g} (the base alone "
+                  f"would give {sign * of_base:.4g})")  # fmt: skip
+    usual = round(float(min(of_base, of_training)), 4)
+    limits = {family: round(float(min(beyond(values[owners == family], rate), usual)), 4) for family in own}
+    known = {family: (sign * limit, int((values[owners == family] < usual).sum())) for family, limit in limits.items()}
+    by_picture = sign * np.array([limits.get(family, usual) for family in families.tolist()])
+    return CopyLimits(by_picture, Limit(f"a copy: {measure.title} {side}", sign * usual, source), known)
+
+
+def beyond(values: np.ndarray, rate: float) -> float:
+    """The value beyond which (below which) at most a share ``rate`` of ``values`` lies."""
+    return float(np.sort(values)[int(np.floor(rate * len(values) + 1e-9))])
+
+
+def known_families(values: np.ndarray, owners: np.ndarray, rate: float) -> list[int]:
+    """Families that the base draws more often than ``rate`` where it comes as near to hardly any other.
+
+    Each of them has, alone, more than a share ``rate`` of all values (three at least) beyond the limit that the others
+    give; the others have half of all values at least.
+
+    Args:
+        values: of the base's pictures, lower is nearer.
+        owners: the families that they are nearest to.
+    """
+    most = max(KNOWN, int(np.floor(rate * len(values) + 1e-9)) + 1)
+    own = {int(family): np.sort(values[owners == family]) for family in np.unique(owners)}
+    order = sorted((float(near[most - 1]), family) for family, near in own.items() if len(near) >= most)
+    for count in range(len(order), 0, -1):
+        chosen = [family for _, family in order[:count]]
+        rest = values[~np.isin(owners, chosen)]
+        if 2 * len(rest) >= len(values) and order[count - 1][0] < beyond(rest, rate):
+            return chosen
+    return []
+
+
+def spacing_limit(measure: Measure, families: np.ndarray, rate: float) -> float:
+    """The distance within which a new picture of the same kind lies of one of the training pictures with a probability
+    of at most ``rate``; infinite where there is one family alone.
+
+    Of n families it is at most n F(t), where F(t) is the share of pairs nearer than t. Where it is ``rate``, there are
+    hardly any pairs, so F is continued as t ** d from a sixteenth of the pairs, and from the second nearest at least,
+    so that no single close pair decides. d is the slope between there and a quarter of the pairs (the correlation
+    dimension, Grassberger and Procaccia, Physica D 9, 1983): F is steeper further in, so that the limit is too near
+    rather than too far. Deviation: at most 8, since few pairs tell d badly.
+    """
+    apart = measure.distances(measure.apart())
+    i, j = np.triu_indices(len(families), 1)
+    pairs = np.minimum(apart, apart.T)[i, j][families[i] != families[j]]
+    pairs = np.sort(pairs[np.isfinite(pairs)])
+    if not len(pairs):
+        return float("inf")
+    low, high = (min(1 + len(pairs) // part, len(pairs) - 1) for part in (16, 4))
+    near, far = (max(float(pairs[place]), 1e-9) for place in (low, high))
+    slope = min(STEEPEST, np.log((high + 1) / (low + 1)) / np.log(far / near)) if far > near else STEEPEST
+    share = (low + 1) / len(pairs)
+    return near * min(1.0, rate / len(np.unique(families)) / share) ** (1 / slope)
 
 
 def findings(
@@ -90,31 +164,41 @@ def findings(
     measure, names = measures[0], list(dict.fromkeys(row["epoch"] for row in rows))
     size = sum(row["epoch"] == BASE for row in rows)
     by_epoch = {name: own for name in names if len(own := [row for row in rows if row["epoch"] == name]) == size}
-    base = np.concatenate([row[measure.name] for row in by_epoch[BASE]])
-    limit = copy_limit(measure, base, training.families, rate)
-    near = (lambda v: v < limit.value) if measure.lower_is_nearer else (lambda v: v > limit.value)
-    copied = {name: [near(np.array(row[measure.name])) for row in own] for name, own in by_epoch.items()}
+    nearest = f"{measure.name}_nearest"
+    base, of = (np.concatenate([row[key] for row in by_epoch[BASE]]) for key in (measure.name, nearest))
+    limits = copy_limits(measure, base, of, training.families, rate)
+    near = np.less if measure.lower_is_nearer else np.greater
+    copied = {
+        name: [near(row[measure.name], limits.of[row[nearest]]) for row in own] for name, own in by_epoch.items()
+    }  # fmt: skip
     epochs = [_epoch(name, own, copied[name], copied[BASE]) for name, own in by_epoch.items()]
     of_base = epochs[0]["copies"]
     # The base counts with its share, not its upper end: that few pictures say little of it excuses no copies.
     allowed = max(rate, of_base["caption"]["share"])
-    floor = upper_end(of_base["all"]["copies"], of_base["all"]["pictures"], CONFIDENCE)
+    floor = max(rate, upper_end(of_base["all"]["copies"], of_base["all"]["pictures"], CONFIDENCE))
     pictures = _pictures(by_epoch, copied, training, measure, floor)
     risk = _mark_risk(pictures, by_epoch, signal, training)
     copying = {name for picture in pictures for name, one in picture["epochs"].items() if one["verdict"] == VERDICTS[0]}
     clean = [one["name"] for one in epochs[1:]
              if one["copies"]["caption"]["low"] <= allowed and one["name"] not in copying]  # fmt: skip
-    limits = [
-        limit,
+    every = [
+        limits.usual,
         Limit("an epoch copies more than the base: the lower end of its share of copies, among pictures of the "
               "captions, above", allowed, "the base's own share, or --fpr where that is more"),
         Limit("a picture is copied: the lower end of the share of copies of it, among pictures of its own prompts, "
-              "above", float(f"{floor:.6g}"), "the upper end of the base's own share of copies, of all prompts"),
+              "above", float(f"{floor:.6g}"),
+              "the upper end of the base's own share of copies, of all prompts, or --fpr where that is more"),
         risk,
         Limit("near-copies in the training folder: l2 at 64 x 64 below", NEAR_COPY, "the project's setting, by eye"),
     ]  # fmt: skip
+    known = [
+        {"training": [name for name, own in zip(training.names, training.families, strict=True) if own == family],
+         "limit": limit, "drawn": drawn}
+        for family, (limit, drawn) in limits.known.items()
+    ]  # fmt: skip
     return {
-        "measure": measure.name, "signal": signal, "limits": [asdict(one) for one in limits], "epochs": epochs,
+        "measure": measure.name, "signal": signal, "limits": [asdict(one) for one in every], "known": known,
+        "epochs": epochs,
         "recommended": clean[-1] if clean else None, "pictures": pictures,
     }  # fmt: skip
 
@@ -145,8 +229,10 @@ def _pictures(
     """Of each training picture, by epoch, what was seen of it; and the verdict, as far as copies alone decide it.
 
     Copied: of the pictures of its own tries so many are copies of it that the lower end of their share lies above
-    ``floor``, the upper end of the base's own share of copies. At risk: fewer, or pictures of others' tries alone.
+    ``floor``, the upper end of the base's own share of copies. It fails with a probability of 5% for all training
+    pictures of an epoch together (Bonferroni). At risk: fewer, or pictures of others' tries alone.
     """
+    confidence = 1 - (1 - CONFIDENCE) / len(training)
     # Of every epoch, (tries, noises): the family of the training picture that a copy is of; -1 of no copy.
     near = f"{measure.name}_nearest"
     families = {
@@ -161,7 +247,7 @@ def _pictures(
             hits = of == training.families[i]
             mine, others = hits[own], int(hits[~own].sum())
             seen = [(hit.sum(), row["id"]) for hit, row in zip(hits, by_epoch[epoch], strict=True) if hit[row["shown"]]]
-            enough = lower_end(int(mine.sum()), mine.size, CONFIDENCE) > floor
+            enough = lower_end(int(mine.sum()), mine.size, confidence) > floor
             of_epoch[epoch] = {
                 "copies": int(mine.sum()), "pictures": mine.size, "from_others": others,
                 "verdict": VERDICTS[0] if enough else VERDICTS[1] if mine.any() or others else VERDICTS[2],

@@ -112,5 +112,9 @@ def print_findings(found: dict, out: Path) -> None:
     for limit in found["limits"]:
         number = "none" if limit["value"] is None else f"{limit['value']:.4g}"
         print(printable(f"limit: {limit['decides']} {number}: {limit['source']}"))
+    for known in found["known"]:
+        names = ", ".join(known["training"])
+        print(printable(f"limit: a copy of {names}, which the base draws itself ({known['drawn']} times): "
+                        f"{known['limit']:.4g}"))  # fmt: skip
     print(printable(f"recommended epoch: {found['recommended'] or 'none: every one is seen to copy'}"))
     print(printable(f"next:   python -m memorization report {os.path.relpath(out)}"))

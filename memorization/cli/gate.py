@@ -2,10 +2,10 @@
 
   python -m memorization gate results/local/audit/base/folder --max-copies 0.01 --confidence 0.95
 
-RUN is an audit (copies among the pictures of an epoch's captions, as far as they are more than the base's) or a
-detection run with a calibration (flagged families of prompts). Not the share that was seen decides, but the upper end
-of its exact interval: too few pictures do not pass. One line on standard error says why, and how many would; standard
-output is JSON.
+RUN is an audit (copies among the pictures of an epoch's captions, as far as they are more than the base's; and no
+training picture may count as copied) or a detection run with a calibration (flagged families of prompts). Not the share
+that was seen decides, but the upper end of its interval: too few pictures do not pass. One line on standard error says
+why, and how many would; standard output is JSON.
 """
 
 from __future__ import annotations

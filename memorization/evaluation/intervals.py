@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 from scipy.stats import beta
 
 
@@ -29,3 +31,18 @@ def share_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[fl
     """
     each = (1 + confidence) / 2
     return hits / trials, lower_end(hits, trials, each), upper_end(hits, trials, each)
+
+
+def upper_end_of_difference(gained: float, lost: float, trials: float, confidence: float = 0.95) -> float:
+    """The one-sided upper end of the share of ``gained`` less that of ``lost`` pairs among as many ``trials``.
+
+    How far the exact end of each share lies from it, added as standard errors are, with the correlation of two shares
+    of one sample: the method of variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008; Newcombe,
+    Statistics in Medicine 17, 1998, method 10, with the ends of Clopper and Pearson instead of Wilson's). With nothing
+    lost it is the exact end of ``gained``. A test counts how often it fails.
+    """
+    up, down = gained / trials, lost / trials
+    above = upper_end(gained, trials, confidence) - up
+    below = down - lower_end(lost, trials, confidence)
+    correlation = -sqrt(up * down / ((1 - up) * (1 - down))) if up and down else 0.0
+    return up - down + sqrt(above**2 + below**2 - 2 * correlation * above * below)

@@ -80,8 +80,8 @@ class PostGuidance:
     """Reads the score at the first call of each generation (:class:`Starts`), and acts.
 
     A threshold is of one sigma: the verdict says at which sigma it was read. A generation that begins at a lower one
-    (from a picture, or the second of two samplers) pulls less. One without an unconditional half, or with
-    a score that is not finite, is not judged, which is said.
+    (from a picture, or the second of two samplers) pulls less. One without an unconditional half, and a
+    picture with a score that is not finite, is not judged, which is said.
 
     Args:
         threshold: score from which on a picture is flagged.
@@ -90,7 +90,7 @@ class PostGuidance:
         say: what warnings go to.
 
     Attributes:
-        verdicts: of the last generation, one a picture.
+        verdicts: of the last generation, one a picture that was judged.
 
     Raises:
         InputError: there is no such action.
@@ -119,18 +119,19 @@ class PostGuidance:
     def _read(self, cond: Tensor, uncond: Tensor | None, sigma: float) -> None:
         # Without an unconditional half the host gives zeros in its place.
         scores = torch.full((len(cond),), torch.nan) if uncond is None else pull(cond, uncond)
-        self._flagged = (scores >= self.threshold).cpu()
-        if not scores.isfinite().all():
-            self.verdicts = []
-            why = "there is no unconditional prediction" if uncond is None else "a score is not finite"
-            self.say(f"the guard judges no picture of this generation: {why}")
-            return
+        finite = scores.isfinite()
+        self._flagged = (finite & (scores >= self.threshold)).cpu()
+        if uncond is None:
+            self.say("the guard judges no picture of this generation: there is no unconditional prediction")
+        for row in () if uncond is None else (~finite).nonzero().flatten().tolist():
+            self.say(f"the guard does not judge picture {row}: its score is not finite")
         action, done = self._answer(sigma)
         source = f"given by the caller, read at sigma {sigma:.4g}"
         self.verdicts = [
             Verdict(row, float(f"{score:.6g}"), self.threshold, source, flagged=flagged,
                     action=action if flagged else "none", done=done if flagged else "")
             for row, (score, flagged) in enumerate(zip(scores.tolist(), self._flagged.tolist(), strict=True))
+            if math.isfinite(score)
         ]  # fmt: skip
         found = [verdict for verdict in self.verdicts if verdict.flagged]
         if found and self.action == "refuse":

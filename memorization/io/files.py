@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -80,12 +80,24 @@ def read_file(path: Path) -> bytes:
     """What a regular file holds.
 
     Raises:
+        InputError: as :func:`reading`.
+    """
+    with reading(path) as file:
+        return file.read()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open.
+
+    Raises:
         InputError: there is none (a pipe would be waited for without end), or it cannot be read.
     """
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: is no regular file")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

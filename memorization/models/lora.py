@@ -19,7 +19,7 @@ from torch import Tensor
 
 from local_sd_pipeline import LocalStableDiffusionPipeline
 from memorization.errors import InputError
-from memorization.io.files import read_file, replacing
+from memorization.io.files import reading, replacing
 from memorization.models.checkpoint import in_short
 
 DOWN = re.compile(r"(.+?)[._](?:lora\.down|lora_down|lora_A|lora_linear_layer\.down)\.weight")
@@ -60,9 +60,10 @@ def holds_lora(path: Path) -> bool:
 def _header(path: Path) -> tuple[list[str], dict[str, str]]:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: only safetensors are loaded")
-    read_file(path)  # says what is wrong with the file itself
+    with reading(path) as file:
+        file.read(1)  # says what is wrong with the file itself
     try:
-        with safe_open(path, "pt") as file:  # which says, too, how long the file is
+        with safe_open(path, "pt") as file:  # reads the header, which says how long the file is
             return list(file.keys()), file.metadata() or {}
     except Exception as error:  # safetensors raises its own kinds
         raise InputError(f"{path}: no whole file in safetensors ({in_short(error)})") from None

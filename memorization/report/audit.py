@@ -57,6 +57,7 @@ def page(folder: Path, record: dict, shown: Shown) -> Page:
         tables=[epochs_table(found), pictures_table(found, last, hashes, shown)],
         method=[
             *limits(found),
+            *known(found, hashes, shown),
             ("Training set", record["settings"]["training"]),
             adapters(found, record),
             *made_by(record, shown),
@@ -150,6 +151,15 @@ def limits(found: dict) -> list[tuple[str, str]]:
         for one in found["limits"]
         for number in ["(none)" if one["value"] is None else f"{one['value']:.4g}"]
     ]
+
+
+def known(found: dict, hashes: dict, shown: Shown) -> list[tuple[str, str]]:
+    """Training pictures that the base draws itself, with their limits."""
+    return [
+        (f"Limit of a copy of {', '.join(shown.file(name, hashes[name]) for name in one['training'])}: "
+         f"{one['limit']:.4g}", f"the base's own pictures of it: it draws it itself ({one['drawn']} times)")
+        for one in found["known"]
+    ]  # fmt: skip
 
 
 def adapters(found: dict, record: dict) -> tuple[str, str]:

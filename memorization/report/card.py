@@ -6,7 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from memorization.audit.findings import CONFIDENCE
 from memorization.io.tables import markdown
+from memorization.report.gate import counts_of
 from memorization.report.page import Page, Shown, Table
 
 
@@ -33,11 +35,15 @@ def card(page: Page, found: dict | None, record: dict, shown: Shown) -> str:
 
 
 def results(found: dict, record: dict) -> list[EvalResult]:
-    """Share of copies and its upper end at the last epoch."""
+    """What the gate decides on, at the last epoch: a share of copies alone would count those that the base has too."""
     last = found["epochs"][-1]
-    share = last["copies"]["caption"]
-    values = {"share of copies": share["share"], "share of copies, upper end of 95%": share["high"],
-              "text alignment": last["alignment"]}  # fmt: skip
+    count = counts_of(found)[last["name"]]
+    values = {
+        "pictures of the captions": count.trials, "copies where the base has none": count.hits,
+        "copies of the base where it has none": count.lost,
+        "share of copies less that of the base, upper end of 95%": count.upper(CONFIDENCE, count.trials),
+        "training pictures that count as copied": len(count.copied), "text alignment": last["alignment"],
+    }  # fmt: skip
     return [
         EvalResult(
             task_type="text-to-image", dataset_type="training-set",

@@ -23,7 +23,7 @@ class Measure(ABC):
     """How near pictures are to the training pictures.
 
     Attributes:
-        lower_is_nearer: it is a distance.
+        lower_is_nearer: it is a distance; else a cosine.
         title: for people.
         revision: tells the network behind it from others; empty where there is none.
     """
@@ -45,6 +45,14 @@ class Measure(ABC):
     @abstractmethod
     def apart(self) -> np.ndarray:
         """The same of the training pictures themselves, ``(training, training)``."""
+
+    def distances(self, values: np.ndarray) -> np.ndarray:
+        """Values as distances: of a cosine that of the unit vectors."""
+        return values if self.lower_is_nearer else np.sqrt(2 * np.maximum(0, 1 - values))
+
+    def value_at(self, distance: float) -> float:
+        """The value of two pictures of a :meth:`distances`."""
+        return distance if self.lower_is_nearer else 1 - distance**2 / 2
 
 
 MEASURES: Registry[Measure] = Registry(
