@@ -168,7 +168,7 @@ def test_the_main_process_measures_for_all(monkeypatch, tmp_path):
             assert isinstance(store, LeadingStore)
             with pytest.raises(InputError, match="is in no part"):  # the other makes none here
                 run_detection(machine.make, listed(count), store, batch_size=8, measure=True)
-            word = store._voice.word
+            word = store._voice._word
             assert word["batch_size_used"] == word["size"] == max(made)
             assert set(store.record.get("batch_sizes_tried", {})) - {"32"} == tried
             first, last = word["starts"][0], word["starts"][-1]

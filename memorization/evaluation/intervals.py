@@ -7,7 +7,7 @@ from math import sqrt
 from scipy.stats import beta
 
 
-def upper_end(hits: float, trials: int, confidence: float = 0.95) -> float:
+def upper_end(hits: float, trials: float, confidence: float = 0.95) -> float:
     """The one-sided upper end of a share of which ``hits`` of ``trials`` were seen (Clopper and Pearson, 1934).
 
     The largest share under which so few hits are seen with a probability of at least 1 - ``confidence``. With no hits
@@ -18,7 +18,7 @@ def upper_end(hits: float, trials: int, confidence: float = 0.95) -> float:
     return 1.0 if hits >= trials else float(beta.ppf(confidence, hits + 1, trials - hits))
 
 
-def lower_end(hits: float, trials: int, confidence: float = 0.95) -> float:
+def lower_end(hits: float, trials: float, confidence: float = 0.95) -> float:
     """The one-sided lower end, likewise."""
     return 0.0 if hits <= 0 else float(beta.ppf(1 - confidence, hits, trials - hits + 1))
 
