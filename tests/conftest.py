@@ -7,11 +7,14 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported
 
+import pandas as pd
 import pytest
 import torch
 
+from memorization.index.build import build_index
 from memorization.models.loading import load_pipeline
 from memorization.models.spec import ModelSpec
+from memorization.paths import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["a harbour at dusk with two boats", "red kite", "", "portrait of an old clockmaker, oil on canvas", "kite"]
@@ -65,3 +68,13 @@ def run_script(monkeypatch):
         module.main()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def pictures_index(tmp_path_factory):
+    """Of training pictures of the testbed, all of them near enough for the gate of amg."""
+    folder = tmp_path_factory.mktemp("index")
+    images = sorted(f"testbed/pictures/{path.name}" for path in (ROOT / "testbed" / "pictures").glob("*.png"))[:60]
+    pd.DataFrame({"prompt": "a picture", "image": images}).to_csv(folder / "list.csv", index=False)
+    build_index(folder / "list.csv", folder / "index", "pixels", (8, 8))
+    return str(folder / "index")

@@ -22,7 +22,6 @@ from memorization.detectors.anisotropy import Anisotropy
 from memorization.detectors.base import DETECTORS, make_detectors
 from memorization.detectors.noise_norm import NoiseNorm
 from memorization.errors import InputError
-from memorization.index.build import build_index
 from memorization.mitigations.base import MITIGATIONS
 from memorization.mitigations.case import Remedy
 from memorization.models.base import check_able, split_able, unit_of
@@ -34,7 +33,6 @@ from memorization.models.loading import load_model, revision_of
 from memorization.models.pipelines import replayed
 from memorization.models.replay import _divisor, check_step, first_call
 from memorization.models.spec import find_model
-from memorization.paths import ROOT
 from memorization.runs.cases import Cases
 from memorization.runs.outcome import Outcome
 from memorization.runs.sampling import sample
@@ -56,15 +54,6 @@ def folders(tmp_path_factory):
         return made[name]
 
     return folder
-
-
-@pytest.fixture(scope="module")
-def pictures_index(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("index")
-    images = sorted(f"testbed/pictures/{path.name}" for path in (ROOT / "testbed" / "pictures").glob("*.png"))[:60]
-    pd.DataFrame({"prompt": "a picture", "image": images}).to_csv(folder / "list.csv", index=False)
-    build_index(folder / "list.csv", folder / "index", "pixels", (8, 8))
-    return str(folder / "index")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import load_tiny
@@ -14,7 +13,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from local_sd_pipeline import NoisePrediction
 from memorization.detectors.base import make_detectors
 from memorization.errors import InputError
-from memorization.index.build import build_index
 from memorization.mitigations.anisotropy import Anisotropy
 from memorization.mitigations.attention_rescale import AttentionRescale, RescalingAttnProcessor
 from memorization.mitigations.base import MITIGATIONS, make_mitigation
@@ -28,7 +26,6 @@ from memorization.mitigations.rna import RandomNumbers
 from memorization.mitigations.sail import Sail
 from memorization.mitigations.second_look import SecondLook
 from memorization.mitigations.static_transition import StaticTransition
-from memorization.paths import ROOT
 from memorization.runs.sampling import sample
 
 PROMPTS = ["a red kite over two boats", "portrait of an old clockmaker", ""]
@@ -50,20 +47,10 @@ def case_of(pipe, prompts=PROMPTS, **changed):
     return replace(case, **{"levels": levels, **changed})
 
 
-@pytest.fixture(scope="module")
-def pictures_index(tmp_path_factory):
-    """Of training pictures of the testbed, all of them near enough for the gate of amg."""
-    folder = tmp_path_factory.mktemp("index")
-    images = sorted(f"testbed/pictures/{path.name}" for path in (ROOT / "testbed" / "pictures").glob("*.png"))[:60]
-    pd.DataFrame({"prompt": "a picture", "image": images}).to_csv(folder / "list.csv", index=False)
-    build_index(folder / "list.csv", folder / "index", "pixels", (8, 8))
-    return folder / "index"
-
-
 @pytest.mark.parametrize("name", list(MITIGATIONS))
 def test_every_method_gives_what_the_sampler_takes_and_none_looks_at_its_neighbours(pipe, name, pictures_index):
     case = case_of(pipe)
-    mitigation = make_mitigation(name, {"index": str(pictures_index)} if name == "amg" else None)
+    mitigation = make_mitigation(name, {"index": pictures_index} if name == "amg" else None)
     assert len(mitigation.strengths) == 5
     remedy = mitigation(case)
     assert len(remedy.prompts) == len(remedy.iterations) == 3

@@ -123,6 +123,24 @@ class Family(ABC):
         )
 
 
+class PooledFlow(Family):
+    """A transformer that predicts the velocity of a rectified flow from token states and pooled ones."""
+
+    part: ClassVar[str] = "transformer"
+    latents: ClassVar[str] = "hidden_states"
+    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def scale(self, pipe: Any, timestep: float) -> Scale:
+        sigma = timestep / pipe.scheduler.config.num_train_timesteps
+        return Scale("flow", 1 - sigma, sigma)
+
+    def condition(self, named: Arguments) -> list[Tensor]:
+        return [named["encoder_hidden_states"], named["pooled_projections"]]
+
+    def conditioned(self, named: Arguments, condition: list[Tensor]) -> dict[str, Any]:
+        return {**named, "encoder_hidden_states": condition[0], "pooled_projections": condition[1]}
+
+
 def discrete_scale(scheduler: Any, timestep: float) -> Scale:
     """Of a variance-preserving model; between two timesteps sigma / alpha is interpolated by its logarithm.
 

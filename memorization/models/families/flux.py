@@ -12,32 +12,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from local_sd_pipeline import Scale
-from memorization.models.families.base import FAMILIES, Arguments, Family
+from memorization.models.families.base import FAMILIES, Arguments, PooledFlow
 
 
 @FAMILIES.register
-class Flux(Family):
+class Flux(PooledFlow):
     """``flux``."""
 
     name: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    part: ClassVar[str] = "transformer"
     arguments: ClassVar[tuple[str, ...]] = ("hidden_states",)
-    latents: ClassVar[str] = "hidden_states"
-    embeddings: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     unguided: ClassVar[Mapping[str, Any]] = {}
     watchable: ClassVar[bool] = False
-
-    def scale(self, pipe: Any, timestep: float) -> Scale:
-        sigma = timestep / pipe.scheduler.config.num_train_timesteps
-        return Scale("flow", 1 - sigma, sigma)
-
-    def condition(self, named: Arguments) -> list[Tensor]:
-        return [named["encoder_hidden_states"], named["pooled_projections"]]
-
-    def conditioned(self, named: Arguments, condition: list[Tensor]) -> dict[str, Any]:
-        return {**named, "encoder_hidden_states": condition[0], "pooled_projections": condition[1]}
 
     def encode_empty(self, pipe: Any) -> list[Tensor]:
         return list(pipe.encode_prompt("", None)[:2])
