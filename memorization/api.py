@@ -48,10 +48,11 @@ def load(
 
     Args:
         name: a name (``python -m memorization models`` lists them), a YAML file of your own, a folder, a hub
-            id, or one file in safetensors.
+            id, or one file in safetensors or GGUF.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         dtype: ``float32``, ``bfloat16`` or ``float16``; None for the model's own, else by hardware.
-        config: where the configs of a model that is one file are: a folder in diffusers format, or a hub id.
+        config: where the configs of a model that is one file are, and the other parts where it is a GGUF: a folder in
+            diffusers format, or a hub id.
         adapters: LoRAs in safetensors, each with its scale.
 
     Raises:

@@ -63,9 +63,10 @@ def adapter(text: str) -> tuple[Path, float]:
 FLAGS: dict[str, dict[str, Any]] = {
     "--model": dict(metavar="NAME|YAML|FOLDER|HUB_ID|FILE",
         help="a name (python -m memorization models lists them), a YAML file of your own, a folder, a hub id, or one "
-             "file in safetensors"),
+             "file in safetensors or GGUF"),
     "--config": dict(metavar="FOLDER|HUB_ID",
-        help="where the configs of a --model that is one file are (default: the hub client's cache)"),
+        help="where the configs of a --model that is one file are, and the other parts of a GGUF (default: the hub "
+             "client's cache; for a GGUF none)"),
     "--lora": dict(type=adapter, action="append", default=[], metavar="FILE[:SCALE]",
         help="a LoRA on top of the model, in safetensors; may be repeated"),
     "--prompts": dict(type=Path, metavar="FILE",

@@ -132,7 +132,7 @@ def load_network(cls: Any, folder: Path, dtype: torch.dtype = torch.float32) -> 
         InputError: a file is missing or damaged, or weights and config do not belong together; names the part.
     """
     diffusers = hasattr(cls, "load_config")
-    _check_class(cls, folder / "config.json", diffusers)
+    check_class(cls, folder / "config.json", diffusers)
     _check_weights(folder, "diffusion_pytorch_model" if diffusers else "model")
     try:
         network, found = cls.from_pretrained(
@@ -160,8 +160,12 @@ def _is_harmless(cls: type, key: str) -> bool:
     return any(key.startswith(known) or key.endswith(f".{known}") for known in HARMLESS.get(cls, ()))
 
 
-def _check_class(cls: Any, path: Path, diffusers: bool) -> None:
-    """See that a config is one of ``cls``."""
+def check_class(cls: Any, path: Path, diffusers: bool) -> None:
+    """See that a config is one of ``cls``, a class of ``diffusers`` or else of transformers.
+
+    Raises:
+        InputError: it is not there, or of another, or as :func:`read_named`.
+    """
     if not path.is_file():
         raise InputError(f"{path.parent}: no config.json in this folder; a {cls.__name__} is wanted")
     if path.with_name("adapter_config.json").exists():

@@ -28,6 +28,7 @@ from memorization.models.checkpoint import (
 )
 from memorization.models.consistency import check_autoencoder, check_pipeline, check_scheduler
 from memorization.models.devices import DTYPES, pick_device, pick_dtype
+from memorization.models.gguf import load_gguf, parts_for
 from memorization.models.index import check_named, digest_of_settings, load_scheduler, read_index
 from memorization.models.lora import put_on
 from memorization.models.pipelines import UNUSED, is_other, load_other, replayed
@@ -68,8 +69,8 @@ def load_model(
         dtype: None for the model's own, else by hardware.
         pictures: load the autoencoder too; scores of prompts do without it.
         any_family: take pipelines of other families than Stable Diffusion 1 and 2.
-        config: folder or hub id of the configs of a model that is one file; None for the spec's, or for what diffusers
-            finds without a network.
+        config: folder or hub id of the configs of a model that is one file, and of the other parts where that is a
+            GGUF; None for the spec's, or for what diffusers finds without a network.
         adapters: LoRAs to put on, each at a scale.
 
     Raises:
@@ -80,13 +81,17 @@ def load_model(
     file = single_file(spec.ids)
     if config and not file:
         raise InputError(f"--config {config}: goes with a model that is one file")
-    folder = configs_for(file, config or spec.config) if file else find_checkpoint(spec, pictures)
+    quantized = file if file and file.suffix == ".gguf" else None
+    find = parts_for if quantized else configs_for
+    folder = find(file, config or spec.config) if file else find_checkpoint(spec, pictures)
     index = read_index(folder)
     named = index["_class_name"]
     other = is_other(named)
     if other and not any_family:
         raise InputError(f"{folder}: a {named}; this command is for Stable Diffusion 1 and 2 alone")
-    if file:
+    if quantized:
+        pipe = load_gguf(quantized, folder, dtype, pictures=pictures)
+    elif file:
         whole = load_single(file, folder, DTYPES[dtype])
         pipe = whole if other else as_ours(whole, folder)
     else:

@@ -36,11 +36,12 @@ def is_other(name: str) -> bool:
     return name != OURS and name in {cls.__name__ for cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
 
 
-def load_other(folder: Path, dtype: str, *, pictures: bool = True) -> Any:
+def load_other(folder: Path, dtype: str, *, pictures: bool = True, **given: Any) -> Any:
     """Load a pipeline of any family.
 
     Args:
         pictures: load the autoencoder too; scores of prompts do without it.
+        given: parts that are there already.
 
     Raises:
         InputError: a part is missing, damaged, or of no class that is loaded here.
@@ -52,10 +53,10 @@ def load_other(folder: Path, dtype: str, *, pictures: bool = True) -> Any:
     parts = {
         part: None if part == "vae" and not pictures else load_part(folder, part, named, index, DTYPES[dtype])
         for part, named in index.items()
-        if part in known and isinstance(named, list)
+        if part in known and part not in given and isinstance(named, list)
     }
     try:
-        pipe = cls(**parts, **settings)
+        pipe = cls(**parts, **given, **settings)
     except Exception as error:  # whatever a class of diffusers makes of parts that are not its own
         raise InputError(f"{folder}: no {cls.__name__} can be made of its parts ({in_short(error)})") from None
     if not pictures and (folder / "vae" / "config.json").is_file():  # else it is what the pipeline's models all have

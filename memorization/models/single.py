@@ -1,7 +1,7 @@
 """A checkpoint in one file, as trainers and exchanges of models have it: read by diffusers, with configs of a folder.
 
-Only safetensors; the configs say what the file holds, and come from a folder, or from the cache of the hub client where
-diffusers knows which checkpoint is of the same shape.
+Only safetensors (gguf.py has GGUF); the configs say what the file holds, and come from a folder, or from the cache of
+the hub client where diffusers knows which checkpoint is of the same shape.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def single_file(identifiers: tuple[str, ...]) -> Path | None:
     for name in identifiers:
         path = Path(name)
         if path.suffix in PICKLES and not path.is_dir():
-            raise InputError(f"{path}: may be a pickle, which can run code; only safetensors are loaded")
-        if path.suffix == ".safetensors":
+            raise InputError(f"{path}: may be a pickle, which can run code; only safetensors and GGUF are loaded")
+        if path.suffix in (".safetensors", ".gguf"):
             if not path.is_file():
                 raise InputError(f"{path}: no such file")
             return path

@@ -26,7 +26,7 @@ class ModelSpec(Checked):
 
     Attributes:
         ids: hub ids or folders, tried in order; ids move, so there are mirrors.
-        config: folder or hub id of the configs of a checkpoint that is one file.
+        config: folder or hub id of the configs of a checkpoint that is one file, and of the other parts of a GGUF.
         dtype: the default dtype; None to choose by device.
         prompts: ``{"prompts": FILE}`` or ``{"memorized": FILE, "non_memorized": FILE}``.
         settings: of methods, where they are not the methods' own: ``{"detectors": {name: {...}}, "mitigations": ...}``.
