@@ -23,7 +23,7 @@ from memorization.launch import Launch, check_launch, launched, main_alone
 from memorization.models.devices import pick_device
 from memorization.runs import signs
 from memorization.runs.processes import HelpingStore, MainStore, digits, open_store
-from memorization.runs.signs import Sign
+from memorization.runs.signs import Peer, Sign
 from memorization.runs.store import ResultStore
 
 CONTEXT = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
@@ -397,6 +397,24 @@ def test_a_process_listens_to_its_own_launch_alone(tmp_path, impatient, alive):
         main.__exit__(InputError, InputError(""), None)
         Sign(parts / "main.json", token="of another", starts=[0], size=4).end(InputError(""))
         refused(lambda: helper.lacks(4), "another launch goes on")
+
+
+def test_a_last_sign_that_is_seen_late_is_none_of_life(tmp_path, monkeypatch):
+    """Network file systems may show an old time of a file until it is opened."""
+    path, early, plain = tmp_path / "main.json", [Path(__file__).stat()], Path.stat
+    path.write_text('{"token": "before"}')
+    monkeypatch.setattr(Path, "stat", lambda self, **how: early.pop() if early else plain(self, **how))
+    main = Peer(path, Launch(1, 2, 1), 0)
+    assert main.word() == {}
+    os.utime(path, (1, 1))
+    assert main.word() == {"token": "before"}
+
+
+def test_one_that_is_done_may_end_before_the_others(tmp_path):
+    peer, sign = Peer(tmp_path / "it.json", Launch(0, 3, 0), 1), Sign(tmp_path / "it.json", token="this")
+    sign.say(done=True)
+    sign.end(InputError("terminated"))
+    assert peer.look("this")["done"]
 
 
 def test_one_that_does_not_come_is_named(tmp_path, impatient, monkeypatch):

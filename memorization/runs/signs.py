@@ -69,7 +69,8 @@ class Peer:
     def _read(self) -> tuple[int, bytes] | None:
         """Time and content of its file; None where there is none."""
         try:
-            return self.path.stat().st_mtime_ns, self.path.read_bytes()
+            with open(self.path, "rb") as file:  # a network file system may show an old time before
+                return os.fstat(file.fileno()).st_mtime_ns, file.read()
         except FileNotFoundError:
             return None
         except OSError:  # what was just replaced may be out of reach for a moment
@@ -83,7 +84,7 @@ class Peer:
         return self._word
 
     def look(self, token: str) -> dict:
-        """What it has said, as one of the launch of that token that has not stopped.
+        """What it has said, as one of the launch of that token that has not stopped before it was done.
 
         Raises:
             InputError: it does not come, has stopped, or gives no sign of life; or another launch goes on.
@@ -91,13 +92,15 @@ class Peer:
         word = self.word()
         if word and word["token"] != token:
             raise InputError(f"{self.path.parent.parent}: another launch goes on with this run")
+        if "done" in word:
+            return word
         if "failed" in word:
             raise InputError(f"{self.who}: {word['failed']}") if self.rank else AlreadySaid(word["failed"])
         silent = time.monotonic() - self._since
         if not self._came and silent > MEETING:
             raise InputError(f"{self.who} has not come within {MEETING:g} seconds; to make a run in one process of a "
                              "launch alone, unset WORLD_SIZE there")  # fmt: skip
-        if self._came and "done" not in word and silent > SILENCE:
+        if self._came and silent > SILENCE:
             raise InputError(f"{self.who} has given no sign of life for {SILENCE:g} seconds; give the same command "
                              "again, with any number of processes: it goes on with what is there")  # fmt: skip
         return word
