@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
+from contextlib import suppress
 from typing import NamedTuple
 
 from memorization.errors import InputError
@@ -45,12 +45,10 @@ def check_launch() -> Launch:
     given = {name: os.environ.get(name) for name in VARIABLES}
     if given["WORLD_SIZE"] in (None, "1"):
         return Launch()
-    try:
-        rank, count, local = (int(value or "") for value in given.values())
-        if 0 <= rank < count and local >= 0:
-            return Launch(rank, count, local)
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        place = Launch(*(int(value or "") for value in given.values()))
+        if 0 <= place.rank < place.count and place.local >= 0:
+            return place
     said = ", ".join(f"{name}={value}" for name, value in given.items())
     raise InputError(f"{said}: no place among processes; set all three (docs/many-gpus.md), or no WORLD_SIZE")
 
@@ -67,26 +65,26 @@ def launched() -> Launch:
 
 
 def in_all(main: Main) -> Main:
-    """Mark a main that runs in all processes of a launch; others run in the main process alone."""
+    """Mark a main that starts one of several others, in each process of a launch."""
     main.__dict__["in_all"] = True
     return main
 
 
 def shared(main: Main) -> Main:
-    """Mark a main whose run the processes of a launch share; their places have to make sense."""
-
-    @in_all
-    @wraps(main)
-    def checked(*given, **named) -> None:
-        check_launch()
-        main(*given, **named)
-
-    return checked
+    """Mark a main whose run the processes of a launch share."""
+    main.__dict__["shared"] = True
+    return main
 
 
 def start(main: Main, *given, **named) -> None:
-    """Call a command's main; where it is not marked, all processes but the main one end, with exit status 0."""
-    if not hasattr(main, "in_all") and not launched().main:
+    """Call a command's main; where it is not marked, all processes but the main one end, with exit status 0.
+
+    Raises:
+        InputError: it is shared, and this process's place makes no sense.
+    """
+    if hasattr(main, "shared"):
+        check_launch()
+    elif not hasattr(main, "in_all") and not launched().main:
         sys.exit()
     main(*given, **named)
 

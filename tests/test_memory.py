@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from memorization.errors import InputError
-from memorization.runs import memory
+from memorization.runs import memory, processes
 from memorization.runs.detect import run_detection
-from memorization.runs.processes import LeadingStore, open_store
+from memorization.runs.processes import open_store
 from memorization.runs.store import MemoryStore, ResultStore
 
 
@@ -161,14 +161,14 @@ def test_the_main_process_measures_for_all(monkeypatch, tmp_path):
     for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "020", strict=True):
         monkeypatch.setenv(name, value)
 
-    monkeypatch.setattr(LeadingStore, "_meet", lambda self, settings: None)
+    other = SimpleNamespace(look=lambda token: {"settings": {}, "done": True})
+    monkeypatch.setattr(processes, "Peer", lambda *_: other)
     for count, tried, made in ((400, set(), {8}), (4000, {"8", "16"}, {8, 16})):
         machine = Machine(monkeypatch, {8: 5, 16: 3, 32: 9})
         with open_store(tmp_path / str(count), {}, {}) as store:
-            assert isinstance(store, LeadingStore)
             with pytest.raises(InputError, match="is in no part"):  # the other makes none here
                 run_detection(machine.make, listed(count), store, batch_size=8, measure=True)
-            word = store._voice._word
+            word = json.loads((tmp_path / str(count) / "scores.parts" / "main.json").read_text())
             assert word["batch_size_used"] == word["size"] == max(made)
             assert set(store.record.get("batch_sizes_tried", {})) - {"32"} == tried
             first, last = word["starts"][0], word["starts"][-1]

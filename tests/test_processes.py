@@ -21,8 +21,9 @@ from memorization.errors import AlreadySaid, InputError
 from memorization.io.files import LineFile, line_of
 from memorization.launch import Launch, check_launch, launched, main_alone
 from memorization.models.devices import pick_device
-from memorization.runs import processes
-from memorization.runs.processes import GatheringStore, HelpingStore, LeadingStore, Voice, digits, open_store
+from memorization.runs import signs
+from memorization.runs.processes import HelpingStore, MainStore, digits, open_store
+from memorization.runs.signs import Peer, Sign
 from memorization.runs.store import ResultStore
 
 CONTEXT = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
@@ -38,7 +39,7 @@ def child(script, place, folder, arguments, stops_at, grace, silence):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{place.rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
     for name, seconds in {**FAST, "SILENCE": silence}.items():
-        setattr(processes, name, seconds)
+        setattr(signs, name, seconds)
     flags.GRACE = grace
     from local_sd_pipeline import LocalStableDiffusionPipeline as Pipeline
 
@@ -244,17 +245,21 @@ def parted(tmp_path):
 
 
 def test_what_parts_hold_is_taken(parted):
-    with GatheringStore(parted, {"seed": 1}, {}) as store:
-        assert store.lacks(14) and not store.anew
-        store.start()
-        for numbers in store.batches(14, 4):
-            assert numbers == range(12, 14) and store.done == 12
-            store.add(rows(*numbers))
+    """Also by one process; what it makes meanwhile goes to a part of its own, which is taken in turn."""
+    for expected in (range(12, 13), range(13, 14)):
+        with open_store(parted, {"seed": 1}, {}) as store:
+            assert store.lacks(14) and not store.anew
+            store.start()
+            batches = store.batches(14, 1)
+            assert next(batches) == expected
+            store.add(rows(*expected))
+            if expected.stop == 14:
+                assert not list(batches)
     assert store.rows == rows(*range(14)) and not (parted / "scores.parts").exists()
 
 
 def test_parts_are_forgotten_with_the_run(parted):
-    with GatheringStore(parted, {"seed": 2}, {}, overwrite=True) as store:
+    with open_store(parted, {"seed": 2}, {}, overwrite=True) as store:
         assert store.anew and list(store.batches(3, 2)) == [range(2), range(2, 3)]
 
 
@@ -262,7 +267,7 @@ def test_damaged_parts(parted):
     (part,) = (parted / "scores.parts").glob("b-*.jsonl")
     for damage in (b"{broken}\n", b'{"id": "6"}\n'):
         part.write_bytes(damage + part.read_bytes())
-        with GatheringStore(parted, {"seed": 1}, {}) as store:
+        with open_store(parted, {"seed": 1}, {}) as store:
             refused(lambda store=store: list(store.batches(14, 4)), part.name, "damaged")
 
 
@@ -270,7 +275,7 @@ def test_damaged_parts(parted):
 def test_parts_are_taken_for_their_settings_alone(parted, seed, first):
     (parted / "run.json").unlink()
     (parted / "scores.jsonl").unlink()
-    with GatheringStore(parted, {"seed": seed}, {}) as store:
+    with open_store(parted, {"seed": seed}, {}) as store:
         batches = store.batches(8, 4)
         assert store.anew == (seed == 2)
         for expected in first:
@@ -281,7 +286,7 @@ def test_parts_are_taken_for_their_settings_alone(parted, seed, first):
 
 def test_parts_that_somebody_writes_to(parted):
     with LineFile(parted / "scores.parts" / "a-of-other-settings.jsonl", ""):
-        refused(lambda: GatheringStore(parted, {"seed": 1}, {}), "another launch is still writing")
+        refused(lambda: open_store(parted, {"seed": 1}, {}), "another launch is still writing")
 
 
 def of_launch(monkeypatch, *values):
@@ -292,9 +297,13 @@ def of_launch(monkeypatch, *values):
 # ---------------------------------------------------------------- two stores, in one process
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(processes, "LOOK", 0.01)
-    monkeypatch.setattr(processes, "BEAT", 0.0)
-    monkeypatch.setattr(processes, "MEETING", 30.0)
+    monkeypatch.setattr(signs, "LOOK", 0.01)
+    monkeypatch.setattr(signs, "BEAT", 0.01)
+    monkeypatch.setattr(signs, "MEETING", 30.0)
+
+
+def main_store(folder, count):
+    return MainStore(Launch(0, count, 0), folder, {"seed": 1}, {}, False, "scores.jsonl")
 
 
 def both(folder, count=2):
@@ -302,7 +311,7 @@ def both(folder, count=2):
     with ThreadPoolExecutor(count) as pool:
         coming = [pool.submit(HelpingStore, Launch(rank, count, rank), folder, {"seed": 1}, "scores.jsonl")
                   for rank in range(1, count)]  # fmt: skip
-        return LeadingStore(Launch(0, count, 0), folder, {"seed": 1}, {}), *(one.result(timeout=60) for one in coming)
+        return main_store(folder, count), *(one.result(timeout=60) for one in coming)
 
 
 def made(store, count, size, pieces=()):
@@ -338,6 +347,7 @@ def test_one_that_stopped_is_missed_before_the_own_share_is_done(tmp_path, impat
             first = [next(own[0]), pool.submit(stores[1].lacks, 9).result(timeout=60) and next(own[1])]
             assert first == [range(1), range(1, 2)]
             stores[stopped].__exit__(InputError, InputError("no number"), None)
+            time.sleep(0.02)
             if stopped:
                 refused(lambda own=own: next(own[0]), "rank 1 of 2: no number")
             else:
@@ -349,15 +359,15 @@ def test_one_that_stopped_is_missed_before_the_own_share_is_done(tmp_path, impat
 @pytest.mark.parametrize("lines", [4, 3])
 def test_a_main_process_that_has_gone_left_all_lines(tmp_path, impatient, monkeypatch, lines):
     """It may have gone before the other one has heard that it was seen."""
-    monkeypatch.setattr(processes, "SILENCE", 0.2)
+    monkeypatch.setattr(signs, "SILENCE", 0.2)
     parts = tmp_path / "scores.parts"
-    voice = Voice(parts / "main.json", token="main")
+    main = Sign(parts / "main.json", token="main")
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(HelpingStore, Launch(1, 2, 1), tmp_path, {}, "scores.jsonl")
-        while not any('"main": "main"' in path.read_text() for path in parts.glob("0001-*.json")):
+        while not (parts / "0001-of-0002-main.json").exists():
             time.sleep(0.01)
         (tmp_path / "scores.jsonl").write_bytes(b"".join(map(line_of, rows(*range(lines)))))
-        voice.end(None)
+        main.end(None)
         with coming.result(timeout=60) as store:
             if lines == 4:
                 assert not store.lacks(4)
@@ -365,25 +375,51 @@ def test_a_main_process_that_has_gone_left_all_lines(tmp_path, impatient, monkey
                 refused(lambda: store.lacks(4), "rank 0 of 2 has given no sign of life")
 
 
-def test_a_process_listens_to_its_own_launch_alone(tmp_path, impatient):
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_process_listens_to_its_own_launch_alone(tmp_path, impatient, alive):
+    """Neither to a main process that was killed while it waited for its own, nor to one that has met them."""
     parts = tmp_path / "scores.parts"
-    Voice(parts / "main.json", token="of before", others={"1": "stale"}, starts=[0], size=1).end(
-        InputError("of before")
-    )
-    Voice(parts / "0001-of-0002-stale.json", rank=1, token="stale", main="of before", settings={}).end(InputError(""))
-    main, helper = both(tmp_path)
+    before = Sign(parts / "main.json", token="before", **({"met": True} if alive else {}))
+    if not alive:
+        before.end(None)
+        before.say()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(HelpingStore, Launch(1, 2, 1), tmp_path, {"seed": 1}, "scores.jsonl")
+        time.sleep(0.2)
+        assert not coming.done()
+        before.end(InputError("of before"))
+        main = main_store(tmp_path, 2)
+        helper = coming.result(timeout=60)
     assert main.lacks(4)
     first = next(main.batches(4, 4))
     with helper:
         assert helper.lacks(4) and first == range(4)
         main.__exit__(InputError, InputError(""), None)
-        Voice(parts / "main.json", token="of another", starts=[0], size=4).end(InputError(""))
+        Sign(parts / "main.json", token="of another", starts=[0], size=4).end(InputError(""))
         refused(lambda: helper.lacks(4), "another launch goes on")
 
 
+def test_a_last_sign_that_is_seen_late_is_none_of_life(tmp_path, monkeypatch):
+    """Network file systems may show an old time of a file until it is opened."""
+    path, early, plain = tmp_path / "main.json", [Path(__file__).stat()], Path.stat
+    path.write_text('{"token": "before"}')
+    monkeypatch.setattr(Path, "stat", lambda self, **how: early.pop() if early else plain(self, **how))
+    main = Peer(path, Launch(1, 2, 1), 0)
+    assert main.word() == {}
+    os.utime(path, (1, 1))
+    assert main.word() == {"token": "before"}
+
+
+def test_one_that_is_done_may_end_before_the_others(tmp_path):
+    peer, sign = Peer(tmp_path / "it.json", Launch(0, 3, 0), 1), Sign(tmp_path / "it.json", token="this")
+    sign.say(done=True)
+    sign.end(InputError("terminated"))
+    assert peer.look("this")["done"]
+
+
 def test_one_that_does_not_come_is_named(tmp_path, impatient, monkeypatch):
-    monkeypatch.setattr(processes, "MEETING", 0.1)
-    refused(lambda: LeadingStore(Launch(0, 3, 0), tmp_path, {}, {}), "rank 1 of 3 has not come within 0.1 seconds",
+    monkeypatch.setattr(signs, "MEETING", 0.1)
+    refused(lambda: main_store(tmp_path, 3), "rank 1 of 3 has not come within 0.1 seconds",
             "in one process of a launch alone, unset WORLD_SIZE")  # fmt: skip
 
 

@@ -55,11 +55,15 @@ class Store:
 
         Batches lie on a fixed grid, so a resumed run computes its last one again. Draws a bar of ``unit``s.
         """
-        with tqdm(total=count, initial=self.done, desc=printable(self.name), unit=unit, smoothing=0) as bar:
+        with tqdm(total=count, initial=self._made(count), desc=printable(self.name), unit=unit, smoothing=0) as bar:
             for numbers in self._grid(count, size):
                 yield numbers
-                bar.update(self.done - bar.n)
-            bar.update(self.done - bar.n)
+                bar.update(self._made(count) - bar.n)
+            bar.update(self._made(count) - bar.n)
+
+    def _made(self, count: int) -> int:
+        """How many lines of a list of ``count`` there are, for the bar."""
+        return self.done
 
     def _grid(self, count: int, size: int) -> Iterator[range]:
         """The batches from the first line on that is missing."""
