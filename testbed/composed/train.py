@@ -288,6 +288,9 @@ class Stage:
         start: the stage whose weights it goes on from.
         fixed: share of its captioned visits that show something fixed.
         empty: share of its visits under the empty caption.
+        v_loss: whether the loss is v's error where epsilon is predicted. It is epsilon's, divided by alphas_cumprod:
+            epsilon's own says hardly anything of the highest noise, where colours and the guidance of the first step
+            are decided, and what a small model learns there comes late.
     """
 
     name: str
@@ -298,6 +301,7 @@ class Stage:
     peak: float
     fixed: float
     empty: float
+    v_loss: bool = False
 
     @property
     def steps(self) -> int:
@@ -309,7 +313,7 @@ class Stage:
 DIFFUSION = (
     Stage("early-eps", "epsilon", None, 2_539_520, 256, 2e-3, fixed=0.239, empty=0.2),
     Stage("early-v", "v_prediction", "early-eps", 802_816, 256, 2e-3, fixed=0.239, empty=0.35),
-    Stage("eps", "epsilon", "early-eps", 248_880, 16, 1e-3, fixed=0.6866, empty=0.15),
+    Stage("eps", "epsilon", "early-eps", 248_880, 16, 4e-4, fixed=0.6866, empty=0.15, v_loss=True),
     Stage("v", "v_prediction", "early-v", 248_880, 16, 1e-3, fixed=0.6866, empty=0.15),
 )
 
@@ -365,6 +369,7 @@ def train_diffusion(place: Place, stage: Stage) -> None:
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=stage.prediction)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(place.device)
     data = Data(place, stage)
+    weight = 1 / scheduler.alphas_cumprod if stage.v_loss else torch.ones_like(scheduler.alphas_cumprod)
 
     def batch_of(step: int) -> tuple[Tensor, ...]:
         latents, text = data.stream(step)
@@ -376,7 +381,8 @@ def train_diffusion(place: Place, stage: Stage) -> None:
 
     def loss_of(noisy: Tensor, t: Tensor, text: Tensor, target: Tensor) -> Tensor:
         with place.autocast():
-            return mse_loss(unet(noisy, t, text).sample.float(), target)
+            error = mse_loss(unet(noisy, t, text).sample.float(), target, reduction="none").mean((1, 2, 3))
+        return (weight[t] * error).mean()
 
     def pipeline() -> StableDiffusionPipeline:
         return StableDiffusionPipeline(data.vae, data.text_encoder, data.tokenizer, unet, scheduler, None, None,
