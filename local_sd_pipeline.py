@@ -256,9 +256,16 @@ class LocalStableDiffusionPipeline(Traced, StableDiffusionPipeline):
 
     Attributes:
         can: what methods may ask of it besides (memorization/models/base.py has the words).
+        onload: where networks that wait elsewhere are brought when they are called; None where none do.
     """
 
     can = frozenset({"text", "attention", "pictures", "eps"})
+    onload: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.onload or super().device
 
     @property
     def denoiser(self) -> Any:

@@ -21,6 +21,7 @@ from memorization.evaluation.report import numbers
 from memorization.evaluation.runs import Run, read_run
 from memorization.io.prompts import Listed, listed
 from memorization.models.loading import Model, load_model
+from memorization.models.offload import Offload
 from memorization.models.spec import ModelSpec
 from memorization.runs.detect import Scoring, able_detectors, configured_detectors, detect
 from memorization.runs.mitigate import (
@@ -43,6 +44,7 @@ def load(
     dtype: str | None = None,
     config: str | Path | None = None,
     adapters: Sequence[tuple[str | Path, float]] = (),
+    offload: Offload = "none",
 ) -> Model:
     """Load a model.
 
@@ -54,13 +56,15 @@ def load(
         config: where the configs of a model that is one file are, and the other parts where it is a GGUF: a folder in
             diffusers format, or a hub id.
         adapters: LoRAs in safetensors, each with its scale.
+        offload: for a model that does not fit the card: networks wait in the machine's memory and come one (``model``)
+            or one layer (``group``) at a time.
 
     Raises:
-        InputError: there is no such model, or its checkpoint lacks what is needed.
+        InputError: there is no such model, its checkpoint lacks what is needed, or it does not fit.
     """
     return load_model(
         str(name), device=device, dtype=dtype, any_family=True, config=None if config is None else str(config),
-        adapters=[(Path(file), float(scale)) for file, scale in adapters],
+        adapters=[(Path(file), float(scale)) for file, scale in adapters], offload=offload,
     )  # fmt: skip
 
 

@@ -88,6 +88,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dtype": dict(choices=["float32", "bfloat16", "float16"],
         help="default: the model's config, else bfloat16 where the hardware has it"),
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)"),
+    "--offload": dict(choices=["none", "model", "group"], default="none",
+        help="for a model that does not fit the card: networks wait in the machine's memory and come one (model) or "
+             "one layer (group) at a time (default: %(default)s)"),
     "--batch-size": dict(type=value(Count | Literal["auto"]), default="auto", metavar="N|auto",
         help="rows (prompt x noise) to a UNet call, halved on out of memory; auto is measured where a list is scored, "
              "and guessed elsewhere (default: %(default)s)"),

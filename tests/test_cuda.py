@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import tiny_families
 import torch
-from conftest import PROMPTS, load_tiny
+from conftest import GOLDEN, PROMPTS, load_tiny
 from pandas import DataFrame
 
+import memorization as mem
 from benchmarks.denoisers import graphed, in_place, plain_call
 from memorization.detectors.base import make_detectors
 from memorization.runs.detect import run_detection
@@ -77,6 +79,17 @@ def test_an_offloaded_model_has_the_same_scores():
     found = scored(pipe)
     assert pipe.text_encoder.device.type == "cpu" or pipe.unet.device.type == "cpu"  # never both on the card
     assert_near(found, scored(load_tiny("tiny-v")), 1e-3)
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_what_a_command_offloads_has_the_same_scores(how, tmp_path):
+    tiny_families.flux().save_pretrained(tmp_path / "flux")
+    for folder in (GOLDEN / "tiny-v", tmp_path / "flux"):
+        options = {"device": DEVICE, "dtype": "float32"}
+        pipe = mem.load(folder, offload=how, **options).pipe
+        assert_near(scored(pipe), scored(mem.load(folder, **options).pipe), 1e-3)
+        assert pipe.device.type == pipe.vae.device.type == "cuda" and pipe.text_encoder.device.type == "cpu"
+        assert pipe.denoiser.device.type == ("cuda" if how == "model" else "cpu")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import yaml
 from audited import layers
 from conftest import GOLDEN, load_tiny
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import memorization as mem
@@ -18,6 +19,7 @@ from memorization.errors import InputError
 from memorization.flags import adapter
 from memorization.io.files import sha256_of
 from memorization.models.loading import load_model, revision_of
+from memorization.models.single import without_place
 
 TINY = GOLDEN / "tiny-eps"
 PROMPTS = ["a red kite", "two boats"]
@@ -128,6 +130,74 @@ def test_a_file_that_lacks_a_weight_is_refused(file, configs, key):
     save_file({name: one for name, one in load_file(file).items() if name != key}, file)
     with pytest.raises(InputError, match=r"whole.safetensors: (lacks the weight|is no StableDiffusionPipeline)"):
         mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+BESIDE = (  # of published files: averages, schedules, losses, marks, and more of CLIP than is used
+    "model_ema.decay", "model_ema.diffusion_modeltime_embed0weight", "betas", "alphas_cumprod", "v_pred",
+    "denoiser.sigmas", "first_stage_model.loss.logvar", "first_stage_model.loss.discriminator.main.0.weight",
+    "cond_stage_model.logit_scale", "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "cond_stage_model.transformer.text_model.encoder.layers.9.layer_norm1.weight",
+)  # fmt: skip
+
+
+def test_what_lies_beside_the_networks_is_left_alone(file, configs):
+    expected = scores(mem.load(TINY, device="cpu", dtype="float32"))
+    save_file({**load_file(file), **{key: torch.ones(2) for key in BESIDE}}, file)
+    assert scores(mem.load(file, config=configs, device="cpu", dtype="float32")) == expected
+
+
+@pytest.mark.parametrize("key, said", [
+    ("model.diffusion_model.output_blocks.{}.0.in_layers.0.weight",
+     r"weight up_blocks.*norm1.weight, for which the config of the unet has no place"),
+    ("first_stage_model.encoder.down.0.block.9.norm1.weight",
+     r"weight encoder.down_blocks.0.resnets.9.norm1.weight, for which the config of the vae has no place"),
+    ("model.diffusion_model.out.2.scale_weight", r"model.diffusion_model.out.2.scale_weight: quantized weights are"),
+])  # fmt: skip
+def test_a_weight_without_a_place_is_refused(file, configs, key, said):
+    held = load_file(file)
+    blocks = {match[1] for name in held if (match := re.match(r".*\.output_blocks\.(\d+)\.", name))}
+    save_file({**held, key.format(len(blocks)): torch.ones(8)}, file)
+    with pytest.raises(InputError, match=f"whole.safetensors: holds (the )?{said}"):
+        mem.load(file, config=configs, device="cpu", dtype="float32")
+
+
+def flux_names(guided):
+    """The weights of Flux.1 as published, of one block of each kind, without numbers; sizes as far as they matter."""
+    parts = {
+        "double_blocks.0": ["img_mod.lin", "img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2",
+                            "txt_mod.lin", "txt_attn.qkv", "txt_attn.proj", "txt_mlp.0", "txt_mlp.2"],
+        "single_blocks.0": ["linear1", "linear2", "modulation.lin"],
+        "final_layer": ["linear", "adaLN_modulation.1"],
+        "time_in": ["in_layer", "out_layer"], "vector_in": ["in_layer", "out_layer"],
+        **({"guidance_in": ["in_layer", "out_layer"]} if guided else {}),
+    }  # fmt: skip
+    layers = ["img_in", "txt_in", *(f"{part}.{layer}" for part, own in parts.items() for layer in own)]
+    norms = [f"double_blocks.0.{one}_attn.norm" for one in ("img", "txt")] + ["single_blocks.0.norm"]
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    names += [f"{norm}.{one}_norm.scale" for norm in norms for one in ("query", "key")]
+    return {name: torch.empty(7 * 3072 if ".linear1." in name else 12, device="meta") for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_dev_in_the_place_of_schnell_is_seen(prefix):
+    with torch.device("meta"):
+        schnell, dev = (FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=guided)
+                        for guided in (False, True))  # fmt: skip
+    held = {guided: {prefix + name: one for name, one in flux_names(guided).items()} for guided in (False, True)}
+    assert without_place(schnell, held[False]) == without_place(dev, held[True]) == []
+    assert without_place(schnell, held[True])[0] == "time_text_embed.guidance_embedder.linear_1.bias"
+
+
+def test_a_file_that_is_a_transformer_alone(tmp_path):
+    """As Flux and Stable Diffusion 3 are published too; all else is the folder's."""
+    as_published = pytest.importorskip("test_gguf").as_published
+    pipe = tiny_families.sd3()
+    pipe.save_pretrained(tmp_path / "sd3")
+    save_file({key: one.contiguous() for key, one in as_published(pipe.transformer.state_dict()).items()},
+              tmp_path / "alone.safetensors")  # fmt: skip
+    options = {"device": "cpu", "dtype": "float32"}
+    model = mem.load(tmp_path / "alone.safetensors", config=tmp_path / "sd3", **options)
+    assert scores(model) == scores(mem.load(tmp_path / "sd3", **options))
 
 
 def test_without_configs_the_flag_is_named(file, monkeypatch):

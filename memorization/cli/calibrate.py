@@ -34,7 +34,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         "steps of protect (default: %(default)s)")
     add_flags(parser, "--batch-size", type=value(Count), default=8, metavar="N", help="prompts to a call of the "
         "pipeline (default: %(default)s)")
-    add_flags(parser, "--dtype", "--device")
+    add_flags(parser, "--dtype", "--device", "--offload")
     add_flags(parser, "--out", default=Path("thresholds.yaml"), metavar="FILE", help="default: %(default)s")
     # fmt: on
     return parser.parse_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: Arguments = None) -> None:
     from memorization.models.loading import load_model, pipeline_of, with_scheduler
 
     model = load_model(args.model, device=args.device, dtype=args.dtype, any_family=True, config=args.config,
-                       adapters=args.lora)  # fmt: skip
+                       adapters=args.lora, offload=args.offload)  # fmt: skip
     pipe = pipeline_of(model)
     if args.scheduler:
         with_scheduler(pipe, args.scheduler)

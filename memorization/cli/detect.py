@@ -57,7 +57,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
         help="generate the flagged prompts (else the ten highest) and draw, into maps/, where their pictures are "
              f"copied (maps: {', '.join(MAPS)})")
     add("--measure-costs", action="store_true", help="write each detector's cost alone, by four prompts, to costs.json")
-    add_flags(parser, "--calibration", "--dtype", "--device", "--batch-size", "--out", "--overwrite")
+    add_flags(parser, "--calibration", "--dtype", "--device", "--offload", "--batch-size", "--out", "--overwrite")
     # fmt: on
     args = parser.parse_args(arguments)
     args.detectors = args.detectors or list(DEFAULT_FOR_PICTURES if args.pictures else DEFAULT_DETECTORS)
@@ -125,7 +125,7 @@ def main(arguments: Arguments = None) -> None:
         listed = read_lists(chosen_lists(args) or spec.lists())
         listed = sample(listed, args.sample) if args.sample else listed
     model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=bool(args.pictures or args.maps),
-                       any_family=True, config=args.config, adapters=args.lora)  # fmt: skip
+                       any_family=True, config=args.config, adapters=args.lora, offload=args.offload)  # fmt: skip
     check_able(model.pipe, args.maps)  # said before a list is scored, which may take days
     check_precision(model.pipe, args.maps)
     if args.explain:

@@ -45,7 +45,7 @@ def parse(arguments: Arguments = None) -> argparse.Namespace:
     add("--limit", type=value(Count), metavar="N", help="the first N of these prompts")
     add_flags(parser, "--noises", help="noises a prompt (default: as calibrated, else 4)")
     add_flags(parser, "--seed", "--steps", "--guidance-scale", "--clip", "--sscd", "--dtype", "--device",
-        "--batch-size")
+        "--offload", "--batch-size")
     add_flags(parser, "--out", help="default: results/local/mitigated/<model>/<method>")
     add_flags(parser, "--overwrite")
     # fmt: on
@@ -90,9 +90,8 @@ def main(arguments: Arguments = None) -> None:
     )  # fmt: skip
     plan.calibrated(args.model, mitigation, calibration)  # what is missing is said before the model is loaded
     prompts = prompts_of(spec, args.prompts)
-    model = load_model(
-        args.model, device=args.device, dtype=args.dtype, any_family=True, config=args.config, adapters=args.lora
-    )
+    model = load_model(args.model, device=args.device, dtype=args.dtype, any_family=True, config=args.config,
+                       adapters=args.lora, offload=args.offload)  # fmt: skip
     out = args.out or default_out("mitigated", spec.name, args.method)
     result = mitigate_list(model, prompts, mitigation, plan, calibration=calibration, clip=args.clip, sscd=args.sscd,
                            out=out, overwrite=args.overwrite)  # fmt: skip

@@ -71,10 +71,13 @@ class NeMo(Mitigation):
     def __call__(self, case: Case) -> Remedy:
         bound, layers = self.bound(case.levels), value_layers(case.pipe.unet)
         widths = [layer.out_features for layer in layers]
-        usual = activations(layers, case.pipe.embed(self._ordinary(case)))
+        ordinary_embeds = case.pipe.embed(self._ordinary(case))
+        # Layers are called by themselves below: an offloaded UNet has come to the device for the scores by then.
+        scores = case.score(self.lowers, case.embeds).tolist()
+        usual = activations(layers, ordinary_embeds)
         mean, deviation = usual.mean(0), usual.std(0).clamp_min(1e-12)
         kept = torch.ones(len(case.prompts), len(mean), device=mean.device)
-        for i, before in enumerate(case.score(self.lowers, case.embeds).tolist()):
+        for i, before in enumerate(scores):
             if before > bound:
                 own = activations(layers, case.embeds[i : i + 1])[0]
                 score = partial(norm_without, case, i, layers)

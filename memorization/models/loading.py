@@ -31,6 +31,7 @@ from memorization.models.devices import DTYPES, pick_device, pick_dtype
 from memorization.models.gguf import load_gguf, parts_for
 from memorization.models.index import check_named, digest_of_settings, load_scheduler, read_index
 from memorization.models.lora import put_on
+from memorization.models.offload import Offload, check_offload, put
 from memorization.models.pipelines import UNUSED, is_other, load_other, replayed
 from memorization.models.single import configs_for, load_single, single_file
 from memorization.models.spec import ModelSpec, find_model, model_names
@@ -50,17 +51,24 @@ class Model:
     Attributes:
         name: as it was asked for; a run's settings keep it.
         dtype: of the UNet and text encoder.
+        offload: where its networks wait, as :mod:`~memorization.models.offload` has it.
     """
 
     name: str
     spec: ModelSpec
     pipe: Any  # a TextToImage; untyped, since what is for Stable Diffusion 1 and 2 alone takes it as its pipeline
     dtype: str
+    offload: Offload = "none"
+
+    @property
+    def where(self) -> dict[str, str]:
+        """Where it computes, which a run notes and no score depends on."""
+        return {"device": str(self.pipe.device), **({} if self.offload == "none" else {"offload": self.offload})}
 
 
 def load_model(
     name: str, *, device: str = "auto", dtype: str | None = None, pictures: bool = True, any_family: bool = False,
-    config: str | None = None, adapters: Sequence[tuple[Path, float]] = (),
+    config: str | None = None, adapters: Sequence[tuple[Path, float]] = (), offload: Offload = "none",
 ) -> Model:  # fmt: skip
     """Load a model by its name, YAML file, folder or hub id.
 
@@ -72,11 +80,14 @@ def load_model(
         config: folder or hub id of the configs of a model that is one file, and of the other parts where that is a
             GGUF; None for the spec's, or for what diffusers finds without a network.
         adapters: LoRAs to put on, each at a scale.
+        offload: ``model`` or ``group`` for a model that does not fit the device.
 
     Raises:
-        InputError: there is no such model or device, the hub cannot be reached, or the checkpoint lacks what is needed.
+        InputError: there is no such model or device, the hub cannot be reached, the checkpoint lacks what is needed, or
+            it does not fit the device.
     """
     spec, place = find_model(name), pick_device(device)
+    check_offload(offload, place)
     dtype = pick_dtype(dtype or spec.dtype, place)
     file = single_file(spec.ids)
     if config and not file:
@@ -97,14 +108,17 @@ def load_model(
     else:
         pipe = (load_other if other else load_parts)(folder, dtype, pictures=pictures)
     put_on(pipe, adapters)
-    ready(pipe, folder, dtype, place)
-    made = replayed(pipe, folder) if other else pipe
+    try:
+        ready(pipe, folder, dtype, place, offload)
+        made = replayed(pipe, folder) if other else pipe
+    except torch.OutOfMemoryError:
+        raise InputError(f"{folder}: does not fit into the memory of {place}; try --offload model, or group") from None
     made.files = {"file": sha256_of(file)} if file else {}
     made.files |= {"settings": digest_of_settings(index)} if other else {}
     made.files |= {f"lora {i} at {scale:g}": sha256_of(path) for i, (path, scale) in enumerate(adapters, 1)}
     if other and spec.guidance_scale is None:  # nothing else is known: its pipeline says how it is guided
         spec = replace(spec, guidance_scale=made.guidance_scale)
-    return Model(name, spec, made, dtype)
+    return Model(name, spec, made, dtype, offload)
 
 
 def as_ours(pipe: Any, folder: Path) -> LocalStableDiffusionPipeline:
@@ -119,15 +133,15 @@ def as_ours(pipe: Any, folder: Path) -> LocalStableDiffusionPipeline:
     return ours
 
 
-def ready(pipe: Any, folder: Path, dtype: str, device: torch.device) -> None:
+def ready(pipe: Any, folder: Path, dtype: str, device: torch.device, offload: Offload = "none") -> None:
     """Note where a pipeline comes from, and put it where it is used."""
     pipe.register_to_config(_name_or_path=str(folder))
     if dtype == "float32":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on CUDA too
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    if hasattr(pipe, "unet"):
+    if hasattr(pipe, "unet") and offload != "group":  # whose copies of the weights keep a format for good
         pipe.unet.to(memory_format=torch.channels_last)
+    put(pipe, device, offload)
 
 
 def pipeline_of(model: Model) -> Any:

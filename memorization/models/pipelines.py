@@ -81,7 +81,7 @@ def replayed(pipe: Any, where: Path | str) -> Replay:
             check_step(made)
         with torch.no_grad():
             made.predict_noise(made.pure_noise(1, 0), made.detection_timesteps(2)[0], made.embed([""]))
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch, diffusers and transformers each raise their own kinds
         raise InputError(f"{where}: its parts do not work together ({in_short(error)})") from None

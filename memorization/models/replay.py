@@ -148,7 +148,7 @@ class Replay(Traced):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return self.pipe._execution_device
 
     # What it is asked
     def _encode(self, prompts: Sequence[str]) -> Tensor:

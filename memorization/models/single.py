@@ -7,13 +7,16 @@ the hub client where diffusers knows which checkpoint is of the same shape.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import (
+    LDM_VAE_KEYS,
     fetch_diffusers_config,
     is_clip_model_in_single_file,
     is_t5_in_single_file,
@@ -30,6 +33,7 @@ from memorization.models.index import read_index
 from memorization.models.pipelines import OURS, UNUSED, class_of, is_other, load_part
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+SCALES = (".scale_weight", ".weight_scale")  # of eight-bit weights, which diffusers reads without them
 CONFIGS = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.model")  # of a checkpoint on the hub, without its weights
 
 
@@ -92,7 +96,7 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         InputError: the configs are of no pipeline that makes pictures of text or that diffusers reads from one file, or
-            do not belong to the file.
+            do not belong to the file; or its weights are quantized.
     """
     index = read_index(folder)
     name = index["_class_name"]
@@ -102,14 +106,17 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
     if not hasattr(cls, "from_single_file"):
         raise InputError(f"{path}: diffusers reads no {name} from one file; give its folder in diffusers format")
     known = inspect.signature(cls.__init__).parameters
-    with safe_open(path, "pt") as file:
-        held = set(file.keys())
+    held = shapes_of(path)
+    if scales := [key for key in held if key.endswith(SCALES)]:
+        raise InputError(f"{path}: holds {scales[0]}: quantized weights are read from GGUF alone")
     given: dict[str, Any] = {part: None for part in UNUSED if part in known}
     for part, named in index.items():
-        if part in known and part not in given and isinstance(named, list) and named != [None, None]:
-            _check_part(folder, part, named)
-            if not _is_held(class_of(folder, part, named), held):  # diffusers would fill up what lacks at random
-                given[part] = load_part(folder, part, named, index, dtype)
+        if part in known and part not in given and isinstance(named, list):
+            if named != [None, None]:
+                _check_part(folder, part, named)
+                if _is_held(class_of(folder, part, named), held):
+                    continue
+            given[part] = load_part(folder, part, named, index, dtype)  # diffusers would fill up what lacks at random
     try:
         pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, dtype=dtype, **given)
     except Exception as error:  # diffusers, transformers and safetensors each raise their own kinds
@@ -118,14 +125,36 @@ def load_single(path: Path, folder: Path, dtype: torch.dtype) -> Any:
         if isinstance(network, nn.Module):
             if lacking := [key for key, weight in network.state_dict().items() if weight.is_meta]:
                 raise InputError(f"{path}: lacks the weight {lacking[0]} of the {part} that {folder} describes")
+            if part not in given and (over := without_place(network, held)):
+                raise InputError(f"{path}: holds the weight {over[0]}, for which the config of the {part} has no place")
             network.eval().requires_grad_(False)
     return pipe
+
+
+def without_place(network: nn.Module, held: Mapping[str, torch.Tensor]) -> list[str]:
+    """Weights of a file that would be a network's, and for which it has no place, by their names in diffusers, sorted.
+
+    Seen by the function by which diffusers converts names: it takes what is the network's by its prefix, and so leaves
+    averages, losses, schedules and the like alone; what it then has too much, diffusers drops without a word. Of text
+    encoders nothing is said: files hold more of CLIP than is used (its last layer, projections, ``position_ids``).
+
+    Args:
+        held: the tensors of the file; their numbers are not looked at.
+    """
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES.get(type(network).__name__)
+    places = set(network.state_dict())
+    if known is None or held.keys() == places:
+        return []
+    config: Any = network.config
+    return sorted(known["checkpoint_mapping_fn"](checkpoint=dict(held), config=dict(config)).keys() - places)
 
 
 def _is_held(cls: type, names: Collection[str]) -> bool:
     """Whether a part is read from a file that holds tensors of such names; diffusers goes by the same marks."""
     if issubclass(cls, PreTrainedModel):
         return is_clip_model_in_single_file(cls, names) or (cls is T5EncoderModel and is_t5_in_single_file(names))
+    if issubclass(cls, AutoencoderKL):  # a file that is a denoiser alone has no prefixes
+        return any(name.startswith(tuple(LDM_VAE_KEYS)) for name in names)
     return issubclass(cls, nn.Module)
 
 

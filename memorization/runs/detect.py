@@ -134,7 +134,7 @@ def detect(
         **further,
         **({"contrast": pipe.contrast} if pipe.contrast else {}),
     }  # fmt: skip
-    info = {"device": str(pipe.device), "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
+    info = {**model.where, "checkpoint": in_project(Path(pipe.config["_name_or_path"])),
             "thresholds": calibration.thresholds}  # fmt: skip
     with open_store(out, settings, info, overwrite) as store:
         run_detection(make_scorer, listed.frame, store, batch_size=scoring.batch_size or default_batch_size(pipe),

@@ -18,7 +18,7 @@ from memorization.runs.store import Store
 
 TRIALS = 0.1  # of a run's seconds, that trying sizes may last
 SLACK = 0.03  # a larger size has to be faster by more than this: it takes more memory
-TOO_LARGE = "out of memory even with one row to a UNet call; try --dtype bfloat16"
+TOO_LARGE = "out of memory even with one row to a UNet call; try --dtype bfloat16, or --offload"
 
 
 def default_batch_size(pipe: TextToImage) -> int:

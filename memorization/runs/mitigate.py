@@ -215,9 +215,8 @@ def mitigate_list(
         **({"contrast": model.pipe.contrast} if model.pipe.contrast else {}),
         SCORED_BY: vars(cases.detectors[SCORED_BY]), "judge": judge.description,
     }  # fmt: skip
-    info = {"device": str(model.pipe.device)}
     kept = KeptInFolder(out) if out else KeptInMemory()
-    with open_store(out, settings, info, overwrite, "mitigations.jsonl") as store:
+    with open_store(out, settings, model.where, overwrite, "mitigations.jsonl") as store:
         run_mitigation(cases, mitigation, frame, judge, store, kept)
     return Mitigated(store.rows, frame, kept, noises)
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, "--model", default="testbed-eps")
     add_flags(parser, "--prompts", help="a labelled list (default: the model's own)")
     # Settings are chosen on validation and confirmed on test.
-    add_flags(parser, "--split", "--seed", "--dtype", "--device")
+    add_flags(parser, "--split", "--seed", "--dtype", "--device", "--offload")
     add_flags(parser, "--out", help="default: results/studies/<study>/<model>-<split>")
 
 
@@ -61,7 +61,7 @@ def open_subject(args: argparse.Namespace, study: str, *, pictures: bool = False
         frame = frame[frame["split"] == args.split].reset_index(drop=True)
     if "label" not in frame or frame["label"].nunique() < 2:
         raise InputError(f"{path}: the {args.split} rows need labels of both classes, 0 and 1")
-    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=pictures)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=pictures, offload=args.offload)
     settings = {
         "model": args.model, "revision": revision_of(model.pipe, pictures=pictures),
         "prompts": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -175,7 +175,7 @@ def main(arguments: Arguments = None) -> None:
     if path is None:
         raise InputError(f"model {spec.name!r} has no list of its own: give --prompts FILE")
     frame = masked_prompts(path, args.split)
-    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=True)
+    model = load_model(args.model, device=args.device, dtype=args.dtype, pictures=True, offload=args.offload)
     scale = spec.scale if args.guidance_scale is None else args.guidance_scale
     common = {"noises": args.noises, "seed": args.seed, "steps": args.steps, "guidance_scale": scale}
     settings = {
