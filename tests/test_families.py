@@ -45,15 +45,7 @@ PROMPTS = ["a red kite", "", "two boats at dusk over a quiet harbour"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The tiny pipelines as folders, made when they are asked for."""
-    home, made = tmp_path_factory.mktemp("families"), {}
-
-    def folder(name):
-        if name not in made:
-            getattr(tiny_families, name)().save_pretrained(home / name)
-            made[name] = home / name
-        return made[name]
-
-    return folder
+    return tiny_families.saved_in(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

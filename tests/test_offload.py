@@ -87,15 +87,7 @@ def elsewhere(monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The tiny pipelines as folders, made when they are asked for."""
-    home, made = tmp_path_factory.mktemp("offload"), {"stable_diffusion": GOLDEN / "tiny-eps"}
-
-    def folder(name):
-        if name not in made:
-            getattr(tiny_families, name)().save_pretrained(home / name)
-            made[name] = home / name
-        return made[name]
-
-    return folder
+    return tiny_families.saved_in(tmp_path_factory.mktemp("offload"), stable_diffusion=GOLDEN / "tiny-eps")
 
 
 def scores(model, *detectors, prompts=PROMPTS):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from conftest import GOLDEN
 from diffusers import (
@@ -165,3 +168,19 @@ def chroma() -> ChromaPipeline:
     pipe.default_sample_size = 16
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def saved_in(home: Path, **made: Path) -> Callable[[str], Path]:
+    """What gives the folder of a tiny pipeline by its name, under ``home``, made when it is asked for first.
+
+    Args:
+        made: folders that are there.
+    """
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            globals()[name]().save_pretrained(home / name)
+            made[name] = home / name
+        return made[name]
+
+    return folder
